@@ -1,0 +1,1 @@
+"""What the notebooks are made with: they teach, this computes and checks."""

@@ -1,0 +1,126 @@
+"""The loop: schedule, run, update. Decides with plain ints; the runner that computes is handed in."""
+
+import time
+
+import xxhash
+
+from minivllm.config import EngineConfig
+from minivllm.engine.kv_manager import KVManager, blocks_needed
+from minivllm.engine.plan import Runner, StepPlan, StepResult
+from minivllm.engine.scheduler import Scheduler
+from minivllm.errors import RequestError
+from minivllm.events import Added, EventBus, Refused, StepRan
+from minivllm.request import Request
+
+
+class Engine:
+    """Requests in, tokens out. One thread at a time may call it; LLM guards it with a lock."""
+
+    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+        self.config = config
+        self.runner = runner
+        self.events = EventBus()
+        self.kv = KVManager(config, self.events)
+        self.scheduler = Scheduler(config, self.kv, self.events)
+        self.requests: dict[str, Request] = {}
+        self.last_result = StepResult({})
+        self._num_arrived = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError, with nothing changed, when it could never run."""
+        if reason := self._reason_to_refuse(request):
+            self.events.emit(Refused(self.scheduler.step, request.id, reason))
+            raise RequestError(f"request {request.id}: {reason}")
+        self._num_arrived += 1
+        request.arrival = self._num_arrived
+        request.arrival_s = request.arrival_s or time.monotonic()
+        self.requests[request.id] = request
+        self.scheduler.add(request)
+        self.events.emit(
+            Added(self.scheduler.step, request.id, request.num_prompt, request.max_tokens, request.priority)
+        )
+
+    def step(self) -> list[Request]:
+        """Advance every scheduled request; return those that got a token.
+
+        When the runner fails, the requests it ran are dropped (they would fail again), all others stay.
+        """
+        started_s = time.perf_counter()
+        plan = self.scheduler.schedule()
+        planned_s = time.perf_counter()
+        assert plan.scheduled or plan.preempted or not self.requests, "requests wait and nothing can run"
+        try:
+            self.last_result = self.runner.run(plan)
+        except Exception:
+            for request, _ in plan.scheduled:
+                self.finish(request.id, "abort")
+            raise
+        ran_s = time.perf_counter()
+        advanced = self.scheduler.update(plan, self.last_result)
+        for request in advanced:
+            if request.is_finished:
+                self.requests.pop(request.id, None)
+        if self.events:
+            self._report(plan, started_s, planned_s, ran_s)
+        return advanced
+
+    def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
+        """End a request in any state; False when it is not here (any more)."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return False
+        self.scheduler.finish(request, reason, stop_reason)
+        return True
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and give its blocks back; False when it is not here (any more)."""
+        return self.finish(request_id, "abort")
+
+    def state_hash(self) -> str:
+        """One short string for all that decides the future: queues, tables, owners, cache, order of the free list."""
+        requests = [
+            [(r.id, r.num_computed, r.num_preemptions, r.block_ids, r.token_ids) for r in queue]
+            for queue in (self.scheduler.running, self.scheduler.waiting)
+        ]
+        blocks = [(b.ref_count, b.entry.block_hash if b.entry else 0) for b in self.kv.pool.blocks]
+        return xxhash.xxh3_64_hexdigest(repr((requests, blocks, list(self.kv.pool.free_ids()))).encode())
+
+    def _reason_to_refuse(self, request: Request) -> str | None:
+        if request.id in self.requests:
+            return "its id is in use; give each request an id of its own"
+        if request.num_prompt == 0:
+            return "the prompt is empty; give at least one token"
+        if request.num_prompt >= self.config.max_model_len:
+            return (
+                f"the prompt has {request.num_prompt} tokens and max_model_len is {self.config.max_model_len}, "
+                "which must leave room for one new token; shorten the prompt or raise max_model_len"
+            )
+        num_most = request.num_prompt + request.max_tokens - 1  # the last token is never stored
+        if blocks_needed(num_most, self.config.block_size) > self.kv.pool.num_usable:
+            return (
+                f"it may need {num_most} tokens and the KV pool holds {self.config.capacity_tokens}; "
+                "lower max_tokens or raise kv_cache_memory"
+            )
+        return None
+
+    def _report(self, plan: StepPlan, started_s: float, planned_s: float, ran_s: float) -> None:
+        new_tokens = tuple((id_, tuple(tokens)) for id_, tokens in self.last_result.new_token_ids.items())
+        state_hash = self.state_hash()
+        self.events.emit(
+            StepRan(
+                step=plan.step,
+                scheduled=tuple((r.id, num_new, r.num_computed) for r, num_new in plan.scheduled),
+                new_tokens=new_tokens,
+                num_running=len(self.scheduler.running),
+                num_waiting=len(self.scheduler.waiting),
+                num_free=self.kv.pool.num_free,
+                schedule_ms=(planned_s - started_s) * 1e3,
+                run_ms=(ran_s - planned_s) * 1e3,
+                update_ms=(time.perf_counter() - ran_s) * 1e3,
+                state_hash=state_hash,
+            )
+        )

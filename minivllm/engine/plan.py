@@ -1,0 +1,50 @@
+"""One step on paper (StepPlan, from the scheduler) and what came of it (StepResult, from the runner)."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from minivllm.request import Request
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which requests advance by how many tokens; fresh blocks may hold what their last owner left."""
+
+    step: int
+    scheduled: list[tuple[Request, int]]
+    fresh_block_ids: list[int]
+    preempted: list[Request]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(num_new for _, num_new in self.scheduled)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The chosen token's raw logprob and rank (1 is the best), and the most likely tokens, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Tokens by request id: one for each request whose known tokens are all computed, none for the others."""
+
+    new_token_ids: dict[str, list[int]]
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)  # of tokens first+1 ..
+
+
+class Runner(Protocol):
+    """Whatever executes a plan: the model on a device, or fifteen lines in a test."""
+
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+def needs_token(request: Request, num_new: int) -> bool:
+    """Whether this chunk reaches the last known token, so that its logits give the next one."""
+    return request.num_computed + num_new == request.num_tokens

@@ -1,0 +1,17 @@
+"""The errors a user may meet: one sentence each, saying what, where, and what to do instead."""
+
+
+class MiniVLLMError(Exception):
+    """Base of every error that is the user's to mend; its text is one line."""
+
+
+class ModelError(MiniVLLMError, ValueError):
+    """A model that is unknown, unsupported, incomplete or out of reach."""
+
+
+class ConfigError(MiniVLLMError, ValueError):
+    """An engine or sampling option outside its range."""
+
+
+class RequestError(MiniVLLMError, ValueError):
+    """A request the engine refuses at the door: empty, too long, or it could never fit."""

@@ -1,0 +1,275 @@
+"""LLM: load a model, give it prompts, get text; vLLM's names throughout."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from minivllm.config import DTYPE_BYTES, DTYPES, EngineConfig, ModelConfig
+from minivllm.engine.engine import Engine
+from minivllm.errors import ConfigError, ModelError, RequestError
+from minivllm.events import EventBus
+from minivllm.interrupts import held_interrupts
+from minivllm.outputs import RequestOutput, Tokenizer
+from minivllm.request import SamplingParams
+from minivllm.runner.device import choose_device, choose_dtype, default_kv_cache_memory
+from minivllm.runner.kv_storage import KVStorage, block_bytes, blocks_in
+from minivllm.runner.loader import build_model
+from minivllm.runner.model_runner import ModelRunner
+from minivllm.text_engine import Checked, Generation, Prompt, TextEngine
+from minivllm.weights import ModelSource, find_model
+
+Message = Mapping[str, str]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model, its engine and its tokenizer.
+
+    `model` is an alias (smollm2-135m), a folder, a Hugging Face id, or with load_format="dummy" a built-in config.
+    `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright. Raises ModelError and
+    ConfigError, one line each.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_memory: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        scheduling_policy: str = "fcfs",
+        watermark: float = 0.01,
+        seed: int = 0,
+        load_format: str = "auto",
+        device: str = "auto",
+        show_progress: bool = True,
+    ) -> None:
+        source = find_model(model, load_format, show_progress)
+        self.model, self.seed = source.name, seed
+        self.device = choose_device(device)
+        self.model_config = _model_config(source, dtype, self.device)
+        num_blocks = num_blocks or _pool_size(self.model_config, block_size, kv_cache_memory, self.device)
+        longest = min(self.model_config.max_position, (num_blocks - 1) * block_size)
+        config = EngineConfig(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=max_model_len
+            or (longest if enable_chunked_prefill else min(longest, max_num_batched_tokens)),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            enable_chunked_prefill=enable_chunked_prefill,
+            scheduling_policy=scheduling_policy,
+            watermark=watermark,
+            eos_token_ids=self.model_config.eos_token_ids,
+        )
+        if config.max_model_len > self.model_config.max_position:
+            most = self.model_config.max_position
+            raise ConfigError(f"max_model_len {max_model_len} is beyond the {most} positions of {model}; lower it")
+        self.tokenizer = _load_tokenizer(source)
+        built = build_model(self.model_config, source.weight_files if load_format == "auto" else [], seed, self.device)
+        self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device)
+        self.runner = ModelRunner(built, self.model_config, self.storage, self.device)
+        self.engine = Engine(config, self.runner)
+        self.text_engine = TextEngine(self.engine, self.tokenizer, self.model, self.model_config.vocab_size, seed)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
+
+    @property
+    def events(self) -> EventBus:
+        return self.engine.events
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The Hugging Face tokenizer. Raises ModelError when the model has none."""
+        if self.tokenizer is None:
+            raise ModelError(f"{self.model} has no tokenizer; give lists of token ids")
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many, batched as the pool allows; results in the order of the prompts.
+
+        A prompt is a string, a list of token ids, or a dict with `prompt` or `prompt_token_ids` (and `cache_salt`).
+        Raises RequestError before anything runs when one of them cannot be served. Ctrl-C drops them all.
+        """
+        many = _as_list(prompts)
+        checked = [self.text_engine.check(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
+        return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, priority or [0] * len(many))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, put into the model's own chat template."""
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        checked = [self._apply_template(m, f"messages[{i}]", add_generation_prompt) for i, m in enumerate(many)]
+        return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, [0] * len(many))
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yield the growing result of one prompt after each of its tokens; leaving the loop drops the request."""
+        return self._stream(self.text_engine.check(prompt), sampling_params or SamplingParams())
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yield the growing answer to one conversation."""
+        return self._stream(self._apply_template(messages, "messages", True), sampling_params or SamplingParams())
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing changed, while requests hold blocks."""
+        with self.text_engine.lock:
+            return self.engine.kv.reset_cache()
+
+    def trace_header(self) -> dict[str, object]:
+        """Plain facts of this engine, for the head of a Trace."""
+        model, config = self.model_config, self.config
+        return {
+            "model": self.model,
+            "dtype": model.dtype,
+            "device": self.device,
+            "seed": self.seed,
+            "num_blocks": config.num_blocks,
+            "block_size": config.block_size,
+            "kv_bytes_per_token": block_bytes(model, 1),
+            "num_layers": model.num_layers,
+            "num_kv_heads": model.num_kv_heads,
+            "head_size": model.head_size,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "scheduling_policy": config.scheduling_policy,
+        }
+
+    def _run(
+        self, prompts: list[Checked], params: list[SamplingParams], use_tqdm: bool, priority: Sequence[int]
+    ) -> list[RequestOutput]:
+        if len(priority) != len(prompts):
+            raise RequestError(f"priority has {len(priority)} entries for {len(prompts)} prompts; give one for each")
+        generations: list[Generation] = []
+        try:
+            with held_interrupts() as let_through:
+                for prompt, chosen, urgency in zip(prompts, params, priority, strict=True):
+                    generations.append(self.text_engine.add(prompt, chosen, urgency))
+                with tqdm(total=len(generations), desc="Processed prompts", disable=not use_tqdm) as bar:
+                    while not all(g.is_finished for g in generations):
+                        self.text_engine.step()
+                        _show_progress(bar, generations)
+                        let_through()
+        finally:
+            for generation in generations:
+                if not generation.is_finished:
+                    self.text_engine.abort(generation)
+        return [_result(generation) for generation in generations]
+
+    def _stream(self, prompt: Checked, params: SamplingParams) -> Iterator[RequestOutput]:
+        generation = self.text_engine.add(prompt, params)
+        try:
+            num_shown = -1
+            while not generation.is_finished:
+                with held_interrupts(), self.text_engine.lock:
+                    self.text_engine.step()
+                    output = generation.output()
+                num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
+                if num_tokens > num_shown or output.finished:
+                    num_shown = num_tokens
+                    yield output
+            _result(generation)
+        finally:
+            if not generation.is_finished:
+                self.text_engine.abort(generation)
+
+    def _apply_template(self, messages: object, where: str, add_generation_prompt: bool) -> Checked:
+        tokenizer = self.get_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            raise RequestError(f"{where}: the model {self.model} has no chat template; use generate with plain text")
+        if not isinstance(messages, Sequence) or not messages or not all(_is_message(m) for m in messages):
+            raise RequestError(f"{where}: must be a non-empty list of dicts with 'role' and 'content'")
+        text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]  # checked above
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        token_ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[call-arg]  # the template has them
+        return Checked(text, token_ids)
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a list of integers is one."""
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+        return [prompts]
+    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[arg-type, list-item]
+
+
+def _per_prompt(params: Params, num_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if isinstance(params, Sequence) and all(isinstance(p, SamplingParams) for p in params):
+        if len(params) == num_prompts:
+            return list(params)
+        raise RequestError(f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one or as many")
+    raise RequestError(f"sampling_params must be SamplingParams or a list of them, not {type(params).__name__}")
+
+
+def _result(generation: Generation) -> RequestOutput:
+    if generation.error:
+        raise generation.error
+    return generation.output()
+
+
+def _show_progress(bar: tqdm, generations: list[Generation]) -> None:
+    num_finished = sum(g.is_finished for g in generations)
+    if num_finished == bar.n or bar.disable:
+        return
+    elapsed_s = bar.format_dict["elapsed"] or 1e-9
+    num_in = sum(len(g.prompt.token_ids) for g in generations if g.is_finished)
+    num_out = sum(sample.request.num_output for g in generations for sample in g.samples)
+    bar.set_postfix_str(f"in {num_in / elapsed_s:.0f}, out {num_out / elapsed_s:.0f} tokens/s", refresh=False)
+    bar.update(num_finished - bar.n)
+
+
+def _model_config(source: ModelSource, dtype: str, device: str) -> ModelConfig:
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+    config = {**source.config, "dtype": choose_dtype(device) if dtype == "auto" else dtype}
+    generation = (source.folder or Path()) / "generation_config.json"
+    if source.folder and generation.is_file():  # Llama 3 lists its ends of turn only there
+        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
+    return ModelConfig.from_json(config)
+
+
+def _pool_size(config: ModelConfig, block_size: int, kv_cache_memory: int | None, device: str) -> int:
+    if not 1 <= block_size <= 256:
+        raise ConfigError(f"block_size must be from 1 to 256, not {block_size}")
+    if kv_cache_memory is None:
+        weight_bytes = config.num_parameters * DTYPE_BYTES[config.dtype]
+        kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
+    most = config.max_position * 1024  # a thousand requests of full length: more would never be used
+    return min(blocks_in(kv_cache_memory, config, block_size), 1 + most // block_size)
+
+
+def _load_tokenizer(source: ModelSource) -> Tokenizer | None:
+    if source.folder is None or not source.has_tokenizer:
+        return None
+    from transformers import AutoTokenizer  # seconds to import, and models run without it
+
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    return tokenizer

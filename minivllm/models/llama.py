@@ -1,0 +1,66 @@
+"""One dense decoder for Llama 2/3, Mistral, Qwen2/2.5 and Qwen3: they differ in three switches of the config.
+
+Qwen2 has a bias on q, k, v; Qwen3 normalises each head of q and k; Mistral lets a query see a window of keys.
+"""
+
+import torch
+from torch import nn
+
+from minivllm.attention import Attention
+from minivllm.config import ModelConfig
+from minivllm.models.layers import GatedMLP, RMSNorm, RotaryEmbedding, rotate
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_size = config.num_heads, config.num_kv_heads, config.head_size
+        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+        self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_size)  # [T, H + 2 Hkv, D]
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attention.attend(self.layer, q, k, v).flatten(1))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = SelfAttention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
+        x = x + self.attention(self.input_norm(x), cos, sin, attention)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LlamaModel(nn.Module):
+    """Token ids in, logits out; where K and V live is the attention's affair."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rope = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """Logits [R, vocab] of the tokens that `logit_rows` names among the T new ones."""
+        x = self.embed(token_ids)  # [T, hidden]
+        cos, sin = self.rope.angles(positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attention)
+        return self.lm_head(self.norm(x[logit_rows]))

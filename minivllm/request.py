@@ -1,0 +1,146 @@
+"""What is asked (SamplingParams) and the engine's own record of it (Request); results are in outputs.py."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minivllm.errors import ConfigError
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop; vLLM's names, defaults and meanings.
+
+    Order of work on the logits: min_tokens, penalties, temperature, min_p, top_k, top_p. Logprobs are those of the
+    raw logits. temperature 0 is greedy. top_k 0 or -1 keeps all. Equal seed and prompt give equal tokens.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _real("presence_penalty", self.presence_penalty, -2, 2)
+        _real("frequency_penalty", self.frequency_penalty, -2, 2)
+        _real("repetition_penalty", self.repetition_penalty, 0, math.inf, "above 0")
+        _real("temperature", self.temperature, 0, math.inf, "at least 0 (0 is greedy)", closed=True)
+        _real("top_p", self.top_p, 0, 1, "above 0 and at most 1")
+        _real("min_p", self.min_p, 0, 1, closed=True)
+        _whole("n", self.n, 1)
+        _whole("top_k", self.top_k, -1)
+        _whole("min_tokens", self.min_tokens, 0)
+        for name, least in (("seed", -(2**63)), ("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), least)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        if self.temperature == 0 and self.n > 1:
+            raise ConfigError("n must be 1 with temperature 0: greedy samples would all be equal")
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+            raise ConfigError(f"stop must be a non-empty string or a list of them, not {self.stop!r}")
+        if self.stop_strings and not self.detokenize:
+            raise ConfigError("stop strings need detokenize=True; use stop_token_ids without it")
+        for token in self.stop_token_ids or ():
+            _whole("stop_token_ids", token, 0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+def _real(
+    name: str, value: object, least: float, most: float, rule: str | None = None, closed: bool | None = None
+) -> None:
+    """Check a number; the lower end belongs to the range when `closed` (default: unless it is 0)."""
+    rule = rule or f"from {least:g} to {most:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number {rule}, not {value!r}")
+    is_low = value < least or (value == least == 0 and not closed)
+    if is_low or value > most:
+        raise ConfigError(f"{name} must be {rule}, not {value!r}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence in the engine. `num_computed` catches up with `num_tokens`; there are no phases."""
+
+    id: str
+    token_ids: list[int]  # prompt, then output
+    num_prompt: int
+    params: SamplingParams
+    max_tokens: int  # output tokens allowed: params.max_tokens, cut to the room that max_model_len leaves
+    seed: int = 0
+    priority: int = 0  # lower runs first
+    salt: str = ""  # namespace of the prefix cache
+    arrival: int = 0  # order of arrival; breaks ties
+    arrival_s: float = 0.0  # monotonic clock
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    num_computed: int = 0  # tokens whose K and V are stored
+    num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
+    num_preemptions: int = 0
+    status: Status = Status.WAITING
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[int] = field(default_factory=list)  # chained, one for each full block of token_ids
+    num_published: int = 0  # leading blocks that were offered to the prefix cache
+    cache_parent: int | str | None = None  # the cache entry that the next published block continues; None: cannot
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED

@@ -1,0 +1,67 @@
+"""The bytes of the KV cache: one tensor, [layers, 2, num_blocks, block_size, num_kv_heads, head_size]."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minivllm.config import ModelConfig
+from minivllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerStorage:
+    """K and V of one layer, each [num_blocks, block_size, num_kv_heads, head_size]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class KVStorage:
+    """Allocated once; slot = block_id * block_size + offset."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: str) -> None:
+        dtype = getattr(torch, config.dtype)
+        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_size)
+        self.block_size = block_size
+        self.data = _zeros(shape, dtype, device)
+        self.layers = [LayerStorage(k=layer[0], v=layer[1]) for layer in self.data]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+    def clear(self, block_ids: list[int]) -> None:
+        """Zero fresh blocks: what their last owner left may be infinite, and masked slots are multiplied by 0."""
+        if block_ids:
+            self.data.index_fill_(2, torch.tensor(block_ids, device=self.data.device), 0)
+
+    def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V stored at a slot, [num_kv_heads, head_size] each: views of the cache itself."""
+        block, offset = divmod(slot, self.block_size)
+        return self.layers[layer].k[block, offset], self.layers[layer].v[block, offset]
+
+
+def block_bytes(config: ModelConfig, block_size: int) -> int:
+    """Bytes of one block over all layers: 16 tokens of SmolLM2 in bf16 -> 368,640."""
+    return config.kv_bytes_per_token * block_size
+
+
+def blocks_in(memory_bytes: int, config: ModelConfig, block_size: int) -> int:
+    """Blocks that a byte budget buys, the null block included. Raises ConfigError when that is not even one token."""
+    num_blocks = memory_bytes // block_bytes(config, block_size)
+    if num_blocks < 2:
+        needed = 2 * block_bytes(config, block_size)
+        raise ConfigError(
+            f"kv_cache_memory of {memory_bytes:,} bytes is less than two blocks of {block_size} tokens "
+            f"({needed:,} bytes): raise kv_cache_memory or lower block_size"
+        )
+    return num_blocks
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages, which cost nothing until they are used; torch.zeros would write them all.
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,106 @@
+"""Weights into a built model: which checkpoint tensor fills which slice of which parameter, or seeded noise."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from minivllm.config import ModelConfig
+from minivllm.errors import ModelError
+from minivllm.models.llama import LlamaModel
+from minivllm.transforms.prepack import can_prepack, prepack_linears
+
+# Our name for each Hugging Face name; the parts of a fused matrix come with their place in it.
+RENAMED = {
+    "embed_tokens": "embed",
+    "input_layernorm": "input_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn": "attention",
+}
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def build_model(config: ModelConfig, weight_files: list[Path], seed: int, device: str) -> LlamaModel:
+    """A model on a device with weights from files, or with seeded random ones when there are none."""
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model = LlamaModel(config).to(dtype).eval().requires_grad_(False)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed.weight  # to_empty gives each its own
+    with torch.inference_mode():
+        if weight_files:
+            _load_files(model, config, weight_files)
+        else:
+            _fill_with_noise(model, seed)
+    if device == "cpu" and can_prepack(dtype):
+        prepack_linears(model)
+    return model
+
+
+def _load_files(model: nn.Module, config: ModelConfig, weight_files: list[Path]) -> None:
+    parameters = dict(model.named_parameters())
+    missing = {name: parameter.shape[0] for name, parameter in parameters.items()}  # rows not filled yet
+    for name, tensor in _tensors(weight_files):
+        target = _our_name(name)
+        if target not in parameters:
+            if target == "lm_head.weight" and config.tie_word_embeddings:
+                continue  # some tied checkpoints store the matrix twice
+            if target.endswith("rotary_emb.inv_freq"):
+                continue  # old checkpoints carry what follows from the config
+            raise ModelError(f"the checkpoint has a tensor '{name}' that {config.family} has no place for")
+        rows = _rows(name, config)
+        part = parameters[target][rows]
+        if part.shape != tensor.shape:
+            raise ModelError(
+                f"the checkpoint's '{name}' has shape {list(tensor.shape)}, config.json asks for {list(part.shape)}"
+            )
+        part.copy_(tensor)
+        missing[target] -= part.shape[0]
+    unfilled = [name for name, rows_left in missing.items() if rows_left > 0]
+    if unfilled:
+        raise ModelError(f"the checkpoint lacks weights for {len(unfilled)} parameters, '{unfilled[0]}' among them")
+
+
+def _tensors(weight_files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in weight_files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read as safetensors ({error}); fetch the file again") from error
+
+
+def _our_name(name: str) -> str:
+    parts = name.removeprefix("model.").split(".")
+    return ".".join(FUSED.get(part, RENAMED.get(part, part)) for part in parts)
+
+
+def _rows(name: str, config: ModelConfig) -> slice:
+    """Rows of the fused matrix that a checkpoint tensor fills; all rows where nothing is fused."""
+    q, kv, mlp = config.num_heads * config.head_size, config.num_kv_heads * config.head_size, config.intermediate_size
+    places = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+    places |= {"gate_proj": (0, mlp), "up_proj": (mlp, 2 * mlp)}
+    part = name.rsplit(".", 2)[-2]
+    return slice(*places[part]) if part in places else slice(None)
+
+
+def _fill_with_noise(model: nn.Module, seed: int) -> None:
+    """Norms at 1, biases at 0, matrices normal with deviation 0.02: the same on every run with the same seed."""
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if "norm" in name:
+            parameter.fill_(1)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            generator = torch.Generator(parameter.device).manual_seed(seed * 100_003 + index)
+            parameter.normal_(0, 0.02, generator=generator)

@@ -1,0 +1,67 @@
+"""Runs a step's plan on one device: build the batch, run the model, choose the tokens."""
+
+import torch
+
+from minivllm.attention import LayerKV, choose_backend
+from minivllm.config import ModelConfig
+from minivllm.engine.plan import StepPlan, StepResult, TokenLogprobs, needs_token
+from minivllm.models.llama import LlamaModel
+from minivllm.request import Request
+from minivllm.runner.batch import build_batch, logit_range
+from minivllm.runner.kv_storage import KVStorage
+from minivllm.runner.sampler import sample, token_logprobs
+
+
+class ModelRunner:
+    """The model, the bytes of its KV cache, and the way from a plan to new tokens."""
+
+    def __init__(self, model: LlamaModel, config: ModelConfig, storage: KVStorage, device: str) -> None:
+        self.model = model
+        self.config = config
+        self.storage = storage
+        self.device = device
+        self._backend = choose_backend(device)
+        self._layers: list[LayerKV] = list(storage.layers)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute every scheduled token, store its K and V, and sample where a request is up to date."""
+        if not plan.scheduled:
+            return StepResult({})
+        self.storage.clear(plan.fresh_block_ids)
+        batch = build_batch(plan, self.storage.block_size, self.device)
+        attention = self._backend(self.config, batch, self._layers)
+        logits = self.model(batch.token_ids, batch.positions, batch.logit_rows, attention)  # [R, vocab]
+        return self._choose_tokens(plan, logits)
+
+    def _choose_tokens(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
+        """Sample for up-to-date requests; `logits` has the rows of each request's logit_range, in plan order."""
+        sampled, last_rows, prompt_logprobs, row = [], [], {}, 0
+        for request, num_new in plan.scheduled:
+            first, end = logit_range(request, num_new)
+            if request.params.prompt_logprobs is not None:
+                prompt_logprobs[request.id] = (first, self._judge_prompt(request, first, end, logits[row:]))
+            row += end - first
+            if needs_token(request, num_new):
+                sampled.append(request)
+                last_rows.append(row - 1)
+        if not sampled:
+            return StepResult({}, prompt_logprobs=prompt_logprobs)
+        logits = logits if len(last_rows) == len(logits) else logits[last_rows]
+        token_ids = sample(logits, sampled, self.config.eos_token_ids)
+        logprobs = {
+            request.id: token_logprobs(logits[r : r + 1], token_ids[r : r + 1], request.params.logprobs)
+            for r, request in enumerate(sampled)
+            if request.params.logprobs is not None
+        }
+        chosen = token_ids.tolist()
+        return StepResult({r.id: [t] for r, t in zip(sampled, chosen, strict=True)}, logprobs, prompt_logprobs)
+
+    def _judge_prompt(self, request: Request, first: int, end: int, logits: torch.Tensor) -> list[TokenLogprobs]:
+        """Logprobs of the prompt tokens at first+1 .. that the logits at first .. predict."""
+        assert request.params.prompt_logprobs is not None
+        judged = request.token_ids[first + 1 : min(end + 1, request.num_prompt)]
+        if not judged:
+            return []
+        token_ids = torch.tensor(judged, device=logits.device)
+        return token_logprobs(logits[: len(judged)], token_ids, request.params.prompt_logprobs)

@@ -1,0 +1,104 @@
+"""From logits to tokens. Every random choice is a function of (seed, position) alone, never of the batch.
+
+Sampling inverts the cumulative distribution at one uniform number per token, taken from a counter-based generator:
+no generator state exists, so a preempted or re-batched request draws what it would have drawn anyway.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from minivllm.engine.plan import TokenLogprobs
+from minivllm.request import Request
+
+NUCLEUS_CANDIDATES = 1024  # top_p looks at this many tokens first; it sorts the vocabulary only when they fall short
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> torch.Tensor:
+    """The next token of each request, [R]; row r of logits [R, vocab] belongs to requests[r]."""
+    if all(r.params.is_greedy and not r.params.has_penalties and not r.params.min_tokens for r in requests):
+        return logits.argmax(dim=-1)
+    logits = logits.float()
+    for row, request in enumerate(requests):
+        forbid_early_end(logits[row], request, eos_token_ids)
+        apply_penalties(logits[row], request)
+    token_ids = logits.argmax(dim=-1)
+    for row, request in enumerate(requests):
+        if not request.params.is_greedy:
+            probs = distribution(logits[row], request)
+            token_ids[row] = pick(probs, uniform(request.seed, request.num_tokens))
+    return token_ids
+
+
+def forbid_early_end(logits: torch.Tensor, request: Request, eos_token_ids: Sequence[int]) -> None:
+    """Before min_tokens no token may end the request."""
+    params = request.params
+    if request.num_output < params.min_tokens:
+        ending = [*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids)]
+        logits[[token_id for token_id in ending if token_id < len(logits)]] = float("-inf")
+
+
+def apply_penalties(logits: torch.Tensor, request: Request) -> None:
+    """Repetition (Keskar et al. 2019) over prompt and output; presence and frequency (OpenAI) over the output."""
+    params = request.params
+    if not params.has_penalties:
+        return
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(request.token_ids, device=logits.device).unique()
+        scores = logits[seen]
+        logits[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+    if request.num_output:
+        output, counts = torch.tensor(request.output_token_ids, device=logits.device).unique(return_counts=True)
+        logits[output] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def distribution(logits: torch.Tensor, request: Request) -> torch.Tensor:
+    """Probabilities [vocab] after temperature, min_p, top_k and top_p; zero for what these exclude."""
+    params = request.params
+    probs = torch.softmax(logits.double() / max(params.temperature, 1e-5), dim=-1)
+    if params.min_p > 0:
+        probs = probs.where(probs >= params.min_p * probs.max(), 0.0)
+    if 0 < params.top_k < len(probs):
+        probs = probs.where(probs >= probs.topk(params.top_k).values[-1], 0.0)
+    if params.top_p < 1:
+        probs = probs / probs.sum()
+        probs = probs.where(probs >= nucleus_threshold(probs, params.top_p), 0.0)
+    return probs / probs.sum()
+
+
+def nucleus_threshold(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest probability in the nucleus: the fewest most likely tokens that reach `top_p` together."""
+    best = probs.topk(min(NUCLEUS_CANDIDATES, len(probs))).values
+    if best.sum() < top_p:
+        best = probs.sort(descending=True).values
+    before = best.cumsum(0) - best  # probability of the tokens ahead of each
+    return best[before < top_p][-1]
+
+
+def pick(probs: torch.Tensor, u: float) -> int:
+    """The token at which the cumulative distribution passes u in [0, 1)."""
+    cumulative = probs.cumsum(0)
+    token_id = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+    return min(token_id, int(probs.nonzero()[-1]))  # rounding may leave the last sum a hair short
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments (Philox: Salmon et al. 2011)."""
+    key = np.array([seed % 2**64, 0], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
+    """Raw logprobs of given tokens [R] and of the `num_top` best, from logits [R, vocab]."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    best = logprobs.topk(num_top, dim=-1)
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(top_ids, top_values, strict=True)))
+        for token_id, logprob, rank, top_ids, top_values in zip(
+            token_ids.tolist(), chosen[:, 0].tolist(), ranks.tolist(), best.indices.tolist(), best.values.tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip

@@ -1,0 +1,216 @@
+"""Text in, text out, round the engine: check and tokenize prompts, step, detokenize, hand results to their owners.
+
+Any thread may add, step or abort; a lock lets in one at a time. Every step advances the requests of all of them.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from minivllm.engine.engine import Engine
+from minivllm.engine.plan import TokenLogprobs
+from minivllm.errors import RequestError
+from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs
+from minivllm.request import Request, SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A prompt that passed the door."""
+
+    text: str | None
+    token_ids: list[int]
+    salt: str = ""
+
+
+@dataclass(eq=False)
+class Generation:
+    """A user's request with its n samples; `output()` tells how it stands."""
+
+    request_id: str
+    prompt: Checked
+    samples: list[Sample]
+    tokenizer: Tokenizer | None
+    on_update: Callable[["Generation"], None] | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sample.request.is_finished for sample in self.samples)
+
+    def output(self) -> RequestOutput:
+        first = self.samples[0].request
+        judged = [None, *(as_logprobs(judged, self.tokenizer) for judged in self.prompt_logprobs)]
+        finish_times = [sample.request.finished_s for sample in self.samples]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            prompt_logprobs=judged if first.params.prompt_logprobs is not None else None,
+            outputs=[sample.output(index, self.tokenizer) for index, sample in enumerate(self.samples)],
+            finished=self.is_finished,
+            metrics=RequestMetrics(
+                first.arrival_s,
+                first.first_scheduled_s,
+                first.first_token_s,
+                max(t for t in finish_times if t is not None) if self.is_finished else None,
+                sum(sample.request.num_preemptions for sample in self.samples),
+            ),
+            num_cached_tokens=first.num_cached,
+        )
+
+
+class TextEngine:
+    """The engine with a tokenizer at its door."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, model: str, vocab_size: int, seed: int) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model = model
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.lock = threading.RLock()
+        self._generations: dict[str, Generation] = {}  # by the id of each sample's request
+        self._numbers = count()
+
+    def check(self, prompt: Prompt, where: str = "prompt") -> Checked:
+        """Turn what a user gave into token ids. Raises RequestError, naming `where`, for anything unusable."""
+        given, salt = _open_dict(prompt, where) if isinstance(prompt, Mapping) else (prompt, "")
+        if isinstance(given, str):
+            return Checked(given, self._encode(given, where), salt)
+        if not isinstance(given, Sequence) or isinstance(given, bytes):
+            raise RequestError(f"{where}: must be a string, a list of token ids or a dict, not {_short(given)}")
+        if not given:
+            raise RequestError(f"{where}: the prompt is empty; give at least one token")
+        for position, token_id in enumerate(given):
+            if not isinstance(token_id, int) or isinstance(token_id, bool):
+                raise RequestError(f"{where}: token id {_short(token_id)} at position {position} is not an integer")
+            if not 0 <= token_id < self.vocab_size:
+                size = self.vocab_size
+                raise RequestError(f"{where}: token id {token_id} at position {position} is not in 0..{size - 1}")
+        return Checked(None, list(given), salt)
+
+    def add(
+        self,
+        prompt: Checked,
+        params: SamplingParams,
+        priority: int = 0,
+        request_id: str | None = None,
+        on_update: Callable[[Generation], None] | None = None,
+    ) -> Generation:
+        """Queue a request with its n samples; all or none. Raises RequestError when it could never run."""
+        with self.lock:
+            number = next(self._numbers)
+            request_id = str(number) if request_id is None else request_id
+            seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number * 1_009
+            samples = [self._sample(request_id, index, prompt, params, seed, priority) for index in range(params.n)]
+            generation = Generation(request_id, prompt, samples, self.tokenizer, on_update)
+            added: list[Request] = []
+            try:
+                for sample in samples:
+                    self.engine.add(sample.request)
+                    added.append(sample.request)
+            except RequestError:
+                for request in added:
+                    self.engine.abort(request.id)
+                raise
+            self._generations.update({sample.request.id: generation for sample in samples})
+            return generation
+
+    def step(self) -> None:
+        """Advance the engine one step and bring every touched generation up to date."""
+        with self.lock:
+            if not self.engine.has_work:
+                return
+            try:
+                advanced = self.engine.step()
+            except Exception as error:
+                self._drop_failed(error)
+                raise
+            result = self.engine.last_result
+            for request_id, (first, judged) in result.prompt_logprobs.items():
+                known = self._generations[request_id].prompt_logprobs
+                known.extend(judged[max(0, len(known) - first) :])  # a recomputed prompt is judged again
+            for request in advanced:
+                generation = self._generations[request.id]
+                sample = next(s for s in generation.samples if s.request is request)
+                sample.logprobs.extend(result.logprobs.get(request.id, ()))
+                stop = sample.find_stop()
+                if stop is not None:
+                    self._end_at_stop_string(request, stop)
+                self._settle(generation)
+
+    def abort(self, generation: Generation) -> None:
+        """Drop what is left of a request; its blocks are free when this returns."""
+        with self.lock:
+            for sample in generation.samples:
+                self.engine.abort(sample.request.id)
+            self._settle(generation)
+
+    @property
+    def has_work(self) -> bool:
+        return self.engine.has_work
+
+    def _encode(self, text: str, where: str) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(f"{where}: the model {self.model} has no tokenizer; give a list of token ids")
+        token_ids = self.tokenizer.encode(text)
+        if not token_ids:
+            raise RequestError(f"{where}: the prompt is empty; give at least one token")
+        return token_ids
+
+    def _sample(
+        self, request_id: str, index: int, prompt: Checked, params: SamplingParams, seed: int, priority: int
+    ) -> Sample:
+        room = self.engine.config.max_model_len - len(prompt.token_ids)
+        request = Request(
+            id=request_id if params.n == 1 else f"{request_id}.{index}",
+            token_ids=list(prompt.token_ids),
+            num_prompt=len(prompt.token_ids),
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed=seed + index,
+            priority=priority,
+            salt=prompt.salt,
+        )
+        if self.tokenizer is None or not params.detokenize:
+            return Sample(request, None)
+        return Sample(request, Detokenizer(self.tokenizer, prompt.token_ids, params))
+
+    def _end_at_stop_string(self, request: Request, stop: str) -> None:
+        if not self.engine.finish(request.id, "stop", stop):
+            request.finish_reason, request.stop_reason = "stop", stop  # its last token also met another limit
+
+    def _settle(self, generation: Generation) -> None:
+        for sample in generation.samples:
+            if sample.request.is_finished:
+                self._generations.pop(sample.request.id, None)
+        if generation.on_update:
+            generation.on_update(generation)
+
+    def _drop_failed(self, error: Exception) -> None:
+        """The engine dropped what it ran when the step failed: tell the owners."""
+        for generation in set(self._generations.values()):
+            if any(sample.request.is_finished for sample in generation.samples):
+                generation.error = error
+                self.abort(generation)
+
+
+def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:
+    """vLLM's dict prompts: the text or the token ids, and the namespace for the prefix cache."""
+    salt = prompt.get("cache_salt") or ""
+    if not isinstance(salt, str):
+        raise RequestError(f"{where}: cache_salt must be a string, not {_short(salt)}")
+    for key in ("prompt_token_ids", "prompt"):
+        if key in prompt:
+            return prompt[key], salt
+    raise RequestError(f"{where}: the dict needs 'prompt' or 'prompt_token_ids', it has {sorted(map(str, prompt))}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""What the engine did, drawn: views read events and nothing else."""

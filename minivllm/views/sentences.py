@@ -1,0 +1,75 @@
+"""Each decision of the engine as one sentence, for titles, logs and screen readers."""
+
+from minivllm.events import (
+    Added,
+    Admitted,
+    BlocksReleased,
+    BlocksTaken,
+    Event,
+    Evicted,
+    Finished,
+    Preempted,
+    PrefixHit,
+    Refused,
+    StepRan,
+    Waited,
+)
+from minivllm.views.theme import clipped, counted
+
+WAIT_REASONS = {
+    "no_seat": "all seats are taken",
+    "no_budget": "the token budget of this step is spent",
+    "no_blocks": "there are too few free blocks",
+    "just_preempted": "a request was just preempted",
+}
+NUM_LISTED = 6  # ids named one by one, then a count
+
+
+def sentence(event: Event) -> str:
+    """What happened, in words; empty for BlockCached, which comes in runs."""
+    words = _words(event)
+    return f"Step {event.step}: {words}." if words else ""
+
+
+def published_sentence(step: int, request_id: str, block_ids: tuple[int, ...]) -> str:
+    """Blocks that became full and findable, several events as one sentence."""
+    return f"Step {step}: {_name(request_id)} filled {blocks(block_ids)}, which others may now find."
+
+
+def blocks(block_ids: tuple[int, ...]) -> str:
+    """blocks((3,)) == "block 3"; blocks((3, 4)) == "blocks 3, 4"."""
+    listed = ", ".join(map(str, block_ids[:NUM_LISTED]))
+    more = f" and {len(block_ids) - NUM_LISTED} more" if len(block_ids) > NUM_LISTED else ""
+    return f"block{'' if len(block_ids) == 1 else 's'} {listed}{more}"
+
+
+def _words(event: Event) -> str:
+    match event:
+        case Added(request_id=request_id, num_prompt=num_prompt):
+            return f"{_name(request_id)} arrived with {counted(num_prompt, 'prompt token')}"
+        case Waited(request_id=request_id, reason=reason):
+            return f"{_name(request_id)} waits because {WAIT_REASONS.get(reason, reason)}"
+        case PrefixHit(request_id=request_id, block_ids=ids, num_tokens=num_tokens):
+            return f"{_name(request_id)} found {counted(num_tokens, 'token')} already computed in {blocks(ids)}"
+        case Admitted(request_id=request_id, num_preemptions=num_preemptions):
+            return f"{_name(request_id)} began{' again' if num_preemptions else ''}"
+        case Evicted(block_id=block_id):
+            return f"block {block_id} lost its cached contents"
+        case BlocksTaken(request_id=request_id, block_ids=ids):
+            return f"{_name(request_id)} took {blocks(ids)}"
+        case BlocksReleased(request_id=request_id, block_ids=ids):
+            return f"{_name(request_id)} let go of {blocks(ids)}"
+        case Preempted(request_id=request_id, num_computed=num_computed):
+            return f"{_name(request_id)} was preempted and must compute {counted(num_computed, 'token')} again"
+        case Finished(request_id=request_id, reason=reason, num_output=num_output):
+            return f"{_name(request_id)} finished ({clipped(reason, 24)}) with {counted(num_output, 'output token')}"
+        case Refused(request_id=request_id, reason=reason):
+            return f"{_name(request_id)} was refused: {clipped(reason, 80)}"
+        case StepRan(scheduled=scheduled):
+            num_new = sum(new for _, new, _ in scheduled)
+            return f"ran {counted(num_new, 'token')} of {counted(len(scheduled), 'request')}"
+    return ""
+
+
+def _name(request_id: str) -> str:
+    return f"request {clipped(request_id, 24)}"

@@ -1,0 +1,103 @@
+"""Where a view's state comes from: a live engine's event bus, or a recorded trace; both answer `state()`."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from minivllm.errors import MiniVLLMError
+from minivllm.events import Event, EventBus, Trace
+from minivllm.views.pool_state import PoolFold, PoolState
+
+
+class Source(Protocol):
+    header: Mapping[str, object]
+
+    def state(self) -> PoolState: ...
+
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """First and last step that can be shown, or None when only the present can."""
+        ...
+
+    def seek(self, step: int) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class LiveSource:
+    """Listens to a bus; the engine's thread only appends, whoever draws folds."""
+
+    steps: tuple[int, int] | None = None
+
+    def __init__(
+        self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event], wake: Callable[[], None]
+    ) -> None:
+        self.header = header
+        self._fold = PoolFold(header)
+        self._arrived: deque[Event] = deque(past)
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._state = self._fold.state()
+        self._failure: MiniVLLMError | None = None
+        self.stop = bus.listen(self._take)
+
+    def state(self) -> PoolState:
+        """Fold what arrived since the last call. Raises MiniVLLMError, from then on, if the events contradict."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._arrived:
+                self._catch_up()
+                self._state = self._fold.state()
+            return self._state
+
+    def seek(self, step: int) -> None:
+        """The present is all there is."""
+
+    def _take(self, event: Event) -> None:
+        self._arrived.append(event)
+        self._wake()
+
+    def _catch_up(self) -> None:
+        try:
+            while self._arrived:
+                self._fold.apply(self._arrived.popleft())
+        except MiniVLLMError as error:
+            self._failure = error
+            raise
+
+
+class TraceSource:
+    """Shows a recorded trace at any step; forward is incremental, backward starts again."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.header = trace.header
+        self._events = tuple(trace.events)
+        self.steps: tuple[int, int] | None = (0, trace.last_step)
+        self._lock = threading.Lock()
+        self._fold = PoolFold(trace.header)
+        self._num_applied = 0
+        self._step = trace.last_step
+        self._shown: tuple[int, PoolState] | None = None
+
+    def state(self) -> PoolState:
+        with self._lock:
+            if self._shown is None or self._shown[0] != self._step:
+                self._shown = (self._step, self._folded(self._step))
+            return self._shown[1]
+
+    def seek(self, step: int) -> None:
+        with self._lock:
+            self._step = step
+
+    def stop(self) -> None:
+        """Nothing listens."""
+
+    def _folded(self, step: int) -> PoolState:
+        if self._fold.step > step:
+            self._fold, self._num_applied = PoolFold(self.header), 0
+        while self._num_applied < len(self._events) and self._events[self._num_applied].step <= step:
+            self._fold.apply(self._events[self._num_applied])
+            self._num_applied += 1
+        return self._fold.state()
