@@ -52,11 +52,11 @@ lint: $(STAMP)
 test: lint model
 	@echo '== Tests and notebooks: pytest, nbval ($(WORKERS) workers) =='
 	@$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 \
-		-n $(WORKERS) --dist loadfile --no-loadscope-reorder notebooks tests/browser tests
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder $(wildcard notebooks tests/browser) tests
 
 notebooks: model
 	@echo '== Notebooks =='
-	@$(BIN)/python notebooks/build.py
+	@$(BIN)/python -m minivllm.course.author build
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis test-artifacts dist

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivllm import __version__, doctor
-from minivllm.errors import ConfigError, MiniVLLMError
+from minivllm.errors import ConfigError, MiniVLLMError, RequestError
 from minivllm.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ def generate(options: argparse.Namespace) -> int:
         seed=options.seed,
     )  # before the model loads: a wrong option should not cost seconds
     prompt = sys.stdin.read().rstrip("\n") if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise RequestError("the prompt is empty; give some text")
 
     from minivllm.llm import LLM  # torch and transformers: seconds
 
@@ -148,7 +150,7 @@ def generate(options: argparse.Namespace) -> int:
             print(text[num_shown:].translate(VISIBLE), end="", flush=True)
             num_shown = len(text)
     finally:
-        print(flush=True)
+        print(end="\n" if num_shown else "", flush=True)
     if options.stats:
         print(_stats(result), file=sys.stderr)
     return OK

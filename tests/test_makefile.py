@@ -51,8 +51,7 @@ def install_nothing(folder: Path) -> None:
         f"import sys; open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
     )
     script(folder / ".venv/bin/pip", f'echo "pip 1 from {folder.resolve()}/.venv/lib/pip (python 3)"')
-    for tool in ("minivllm",):
-        script(folder / ".venv/bin" / tool, "echo $*")
+    script(folder / ".venv/bin/minivllm", "echo $*")
 
 
 def num_installs(folder: Path) -> int:
@@ -99,6 +98,17 @@ def test_pip_runs_once_until_something_changes(clone: Path) -> None:
     (clone / "constraints.txt").write_text("torch==0\n")
     assert make(clone, "model").returncode == 0
     assert num_installs(clone) == 2
+
+
+def test_missing_compiler_is_one_note_and_no_obstacle(clone: Path, tmp_path: Path) -> None:
+    install_nothing(clone)
+    for tool in ("cat", "cksum", "cut", "echo", "grep", "rm", "touch", "sh"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or "")
+    run = make(clone, "model", PATH=str(tmp_path / "bin"))
+    notes = [line for line in run.stdout.splitlines() if line.startswith("note:")]
+    assert notes == ["note: no C compiler; a CPU needs none, Triton on a GPU does: apt-get install gcc"]
+    assert run.returncode == 0
 
 
 def test_interrupted_install_is_done_again(clone: Path) -> None:

@@ -1,0 +1,68 @@
+"""Small random models, saved as transformers saves them, and engines round them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+SHAPE = dict(
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, rms_norm_eps=1e-5,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# Every family and every switch of the model file: one line each.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-gqa": ("LlamaConfig", {}),
+    "llama-mha-tied": ("LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-mqa-bias": ("LlamaConfig", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama-9to3": (
+        "LlamaConfig",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "num_hidden_layers": 3},
+    ),
+    "llama-3.1-rope": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3}),
+    "llama-linear-rope": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
+    "llama-head-8": ("LlamaConfig", {"head_dim": 8}),
+    "llama-head-40": ("LlamaConfig", {"head_dim": 40, "num_hidden_layers": 4}),
+    "llama-head-256": ("LlamaConfig", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "num_hidden_layers": 4}),
+    "mistral": ("MistralConfig", {"sliding_window": 9, "num_hidden_layers": 3}),
+    "mistral-full": ("MistralConfig", {"sliding_window": None}),
+}
+
+
+@pytest.fixture(scope="session")
+def reference_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, PreTrainedModel]]:
+    """Build a family's small random model once; give its folder and transformers' own instance in fp32."""
+    built: dict[str, tuple[Path, PreTrainedModel]] = {}
+
+    def build(family: str) -> tuple[Path, PreTrainedModel]:
+        if family not in built:
+            class_name, changes = FAMILIES[family]
+            torch.manual_seed(7)
+            config = getattr(transformers, class_name)(**{**SHAPE, **changes})
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            for name, parameter in model.named_parameters():  # zero biases and unit norms would hide a missing one
+                if name.endswith("bias") or "norm" in name:
+                    torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+            folder = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder)
+            built[family] = folder, model
+        return built[family]
+
+    return build
