@@ -54,6 +54,8 @@ class TorchAttention:
         kv, window = self.layers[layer], self.config.window_of(layer)
         kv.k.flatten(0, 1).index_copy_(0, self.batch.slots, k)
         kv.v.flatten(0, 1).index_copy_(0, self.batch.slots, v)
+        if len(self.groups) == 1:
+            return self._attend_group(self.groups[0], q, kv, window)
         out = torch.empty_like(q)
         for group in self.groups:
             out[group.rows] = self._attend_group(group, q[group.rows], kv, window)
@@ -65,7 +67,7 @@ class TorchAttention:
         shape = (b, -1, num_kv_heads, head_size)
         keys = kv.k.index_select(0, group.block_ids).view(shape).transpose(1, 2)  # [b, Hkv, S, D]
         values = kv.v.index_select(0, group.block_ids).view(shape).transpose(1, 2)
-        rows = q.view(b, t, num_kv_heads, -1, head_size).permute(0, 2, 3, 1, 4)  # [b, Hkv, G, t, D]
+        rows = q.unflatten(1, (num_kv_heads, -1)).unflatten(0, (b, t)).permute(0, 2, 3, 1, 4)  # [b, Hkv, G, t, D]
         rows = rows.reshape(b, num_kv_heads, -1, head_size)
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=group.masks[window], scale=self.scale)
         out = out.view(b, num_kv_heads, -1, t, head_size).permute(0, 3, 1, 2, 4)  # [b, t, Hkv, G, D]

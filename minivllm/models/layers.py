@@ -33,16 +33,15 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq = inverse_frequencies(config.rope, config.head_size)
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for every token, shared by all layers of a step: [T, 1, D] each."""
+        """cos and signed sin for every token, shared by all layers of a step: [T, 1, D] each."""
         turned = positions[:, None].float() * self.inv_freq.to(positions.device)
-        both = torch.cat((turned, turned), dim=-1)[:, None]
-        return both.cos().to(dtype), both.sin().to(dtype)
+        cos, sin = turned.cos(), turned.sin()
+        return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply the rotation to x [T, heads, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Turn x [T, heads, D]: (a, b) -> (a cos - b sin, b cos + a sin) for its halves a and b."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
 
 
 class RMSNorm(nn.Module):

@@ -19,13 +19,17 @@ class SelfAttention(nn.Module):
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
         self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.has_qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_size)  # [T, H + 2 Hkv, D]
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.has_qk_norm:
+            qk = torch.cat((self.q_norm(qk[:, : self.num_heads]), self.k_norm(qk[:, self.num_heads :])), dim=1)
+        q, k = rotate(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
         return self.o_proj(attention.attend(self.layer, q, k, v).flatten(1))
 
 

@@ -33,8 +33,8 @@ class KVStorage:
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero fresh blocks: what their last owner left may be infinite, and masked slots are multiplied by 0."""
-        if block_ids:
-            self.data.index_fill_(2, torch.tensor(block_ids, device=self.data.device), 0)
+        for block_id in block_ids:  # few, and faster one by one than index_fill_
+            self.data[:, :, block_id].zero_()
 
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V stored at a slot, [num_kv_heads, head_size] each: views of the cache itself."""
