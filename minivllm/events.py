@@ -212,8 +212,8 @@ class Trace:
                 raise MiniVLLMError(
                     f"{path}: trace version {document['minivllm_trace']}, not {Trace.VERSION}; record it again"
                 )
-            kinds = [_kind(name, names, path) for name, names in document["kinds"].items()]
-            return Trace(document["header"], [kinds[row[0]](*map(_frozen, row[1:])) for row in document["events"]])
+            kinds = dict(enumerate(_kind(name, names, path) for name, names in document["kinds"].items()))
+            return Trace({**document["header"]}, [_event(kinds[row[0]], row[1:]) for row in document["events"]])
         except (OSError, UnicodeDecodeError) as error:
             raise MiniVLLMError(f"{path}: cannot read the trace ({error})") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -225,6 +225,13 @@ def _kind(name: str, field_names: Iterable[str], path: str | Path) -> type[Event
     if kind is None or [f.name for f in fields(kind)] != list(field_names):
         raise MiniVLLMError(f"{path}: recorded with other fields of {name}; record it again")
     return kind
+
+
+def _event(kind: type[Event], values: list[object]) -> Event:
+    event = kind(*map(_frozen, values))  # type: ignore[arg-type]  # as many as the fields: else a TypeError
+    if not isinstance(event.step, int):
+        raise TypeError(f"{kind.__name__} in step {event.step!r}")
+    return event
 
 
 def _frozen(value: object) -> object:

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from minivllm.config import DTYPE_BYTES, DTYPES, EngineConfig, ModelConfig
 from minivllm.engine.engine import Engine
 from minivllm.errors import ConfigError, ModelError, RequestError
-from minivllm.events import EventBus
+from minivllm.events import EventBus, Trace
 from minivllm.interrupts import held_interrupts
 from minivllm.outputs import RequestOutput, Tokenizer
+from minivllm.provenance import provenance
 from minivllm.request import SamplingParams
 from minivllm.runner.device import choose_device, choose_dtype, default_kv_cache_memory
 from minivllm.runner.kv_storage import KVStorage, block_bytes, blocks_in
@@ -56,13 +59,17 @@ class LLM:
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
         self.model_config = _model_config(source, dtype, self.device)
-        num_blocks = num_blocks or _pool_size(self.model_config, block_size, kv_cache_memory, self.device)
+        if num_blocks is None:
+            num_blocks = _pool_size(self.model_config, block_size, kv_cache_memory, self.device)
+        if num_blocks < 2:
+            raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
         longest = min(self.model_config.max_position, (num_blocks - 1) * block_size)
+        if not enable_chunked_prefill:
+            longest = min(longest, max_num_batched_tokens)
         config = EngineConfig(
             num_blocks=num_blocks,
             block_size=block_size,
-            max_model_len=max_model_len
-            or (longest if enable_chunked_prefill else min(longest, max_num_batched_tokens)),
+            max_model_len=max_model_len if max_model_len is not None else longest,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
@@ -109,7 +116,8 @@ class LLM:
         """
         many = _as_list(prompts)
         checked = [self.text_engine.check(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
-        return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, priority or [0] * len(many))
+        priority = [0] * len(many) if priority is None else priority
+        return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, priority)
 
     def chat(
         self,
@@ -119,33 +127,43 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, put into the model's own chat template."""
-        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        is_many = isinstance(messages, list | tuple) and not any(isinstance(m, Mapping) for m in messages)
+        many = list(messages) if is_many else [messages]
         checked = [self._apply_template(m, f"messages[{i}]", add_generation_prompt) for i, m in enumerate(many)]
         return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, [0] * len(many))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield the growing result of one prompt after each of its tokens; leaving the loop drops the request."""
-        return self._stream(self.text_engine.check(prompt), sampling_params or SamplingParams())
+        return self._stream(self.text_engine.check(prompt), *_per_prompt(sampling_params, 1))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Yield the growing answer to one conversation."""
-        return self._stream(self._apply_template(messages, "messages", True), sampling_params or SamplingParams())
+        return self._stream(self._apply_template(messages, "messages", True), *_per_prompt(sampling_params, 1))
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing changed, while requests hold blocks."""
         with self.text_engine.lock:
             return self.engine.kv.reset_cache()
 
+    @contextmanager
+    def record(self) -> Iterator[Trace]:
+        """Record every event of the block under `with`: a Trace to draw, save and replay."""
+        trace = Trace(self.trace_header())
+        stop = self.events.listen(trace)
+        try:
+            yield trace
+        finally:
+            stop()
+
     def trace_header(self) -> dict[str, object]:
-        """Plain facts of this engine, for the head of a Trace."""
+        """Plain facts of this engine and of where it runs, for the head of a Trace."""
         model, config = self.model_config, self.config
         return {
             "model": self.model,
             "dtype": model.dtype,
             "device": self.device,
-            "seed": self.seed,
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
             "kv_bytes_per_token": block_bytes(model, 1),
@@ -155,13 +173,15 @@ class LLM:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "scheduling_policy": config.scheduling_policy,
+            "live": "recorded",
+            **provenance(self.seed),
         }
 
     def _run(
         self, prompts: list[Checked], params: list[SamplingParams], use_tqdm: bool, priority: Sequence[int]
     ) -> list[RequestOutput]:
-        if len(priority) != len(prompts):
-            raise RequestError(f"priority has {len(priority)} entries for {len(prompts)} prompts; give one for each")
+        if not isinstance(priority, Sequence) or len(priority) != len(prompts):
+            raise RequestError(f"priority must be a list of {len(prompts)} integers, one for each prompt")
         generations: list[Generation] = []
         try:
             with held_interrupts() as let_through:
@@ -179,20 +199,21 @@ class LLM:
         return [_result(generation) for generation in generations]
 
     def _stream(self, prompt: Checked, params: SamplingParams) -> Iterator[RequestOutput]:
-        generation = self.text_engine.add(prompt, params)
+        generation, num_shown, is_last = None, 0, False
         try:
-            num_shown = -1
-            while not generation.is_finished:
+            with held_interrupts():
+                generation = self.text_engine.add(prompt, params)
+            while not is_last:
                 with held_interrupts(), self.text_engine.lock:
-                    self.text_engine.step()
-                    output = generation.output()
-                num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
-                if num_tokens > num_shown or output.finished:
+                    if not generation.is_finished:  # another thread may have stepped it to its end
+                        self.text_engine.step()
+                    output = _result(generation)
+                num_tokens, is_last = sum(len(sample.token_ids) for sample in output.outputs), output.finished
+                if num_tokens > num_shown or is_last:
                     num_shown = num_tokens
                     yield output
-            _result(generation)
         finally:
-            if not generation.is_finished:
+            if generation and not generation.is_finished:
                 self.text_engine.abort(generation)
 
     def _apply_template(self, messages: object, where: str, add_generation_prompt: bool) -> Checked:
@@ -200,16 +221,19 @@ class LLM:
         if not getattr(tokenizer, "chat_template", None):
             raise RequestError(f"{where}: the model {self.model} has no chat template; use generate with plain text")
         if not isinstance(messages, Sequence) or not messages or not all(_is_message(m) for m in messages):
-            raise RequestError(f"{where}: must be a non-empty list of dicts with 'role' and 'content'")
-        text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]  # checked above
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+            raise RequestError(f"{where}: must be a non-empty list of dicts with the strings 'role' and 'content'")
+        try:
+            text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]  # checked above
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:  # templates refuse orders of roles they do not know
+            raise RequestError(f"{where}: the chat template says: {' '.join(str(error).split())}") from error
         token_ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[call-arg]  # the template has them
         return Checked(text, token_ids)
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -271,5 +295,5 @@ def _load_tokenizer(source: ModelSource) -> Tokenizer | None:
         return None
     from transformers import AutoTokenizer  # seconds to import, and models run without it
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.folder)  # type: ignore[assignment]  # decodes batches too
     return tokenizer

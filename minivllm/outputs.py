@@ -80,6 +80,7 @@ class Detokenizer:
         self.skip_special_tokens = params.skip_special_tokens
         self.stop_strings = params.stop_strings
         self.includes_stop = params.include_stop_str_in_output
+        self.num_unsearched = params.min_tokens  # output tokens in which a stop string does not count
         self.text = ""
         self._token_ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
         self._prefix, self._read = 0, len(self._token_ids)  # decoded context, and what of it is in `text` already
@@ -87,6 +88,7 @@ class Detokenizer:
     def feed(self, token_ids: Sequence[int], is_last: bool) -> str | None:
         """Take in new tokens; return the stop string they complete, at which `text` is then cut."""
         self._token_ids.extend(token_ids)
+        self.num_unsearched -= len(token_ids)
         known = self._decode(self._token_ids[self._prefix : self._read])
         grown = self._decode(self._token_ids[self._prefix :])
         if len(grown) <= len(known) or (grown.endswith(INCOMPLETE) and not is_last):
@@ -94,7 +96,7 @@ class Detokenizer:
         searched = len(self.text)
         self.text += grown[len(known) :]
         self._prefix, self._read = self._read, len(self._token_ids)
-        return self._cut_at_stop(searched)
+        return self._cut_at_stop(searched) if self.num_unsearched < 0 else None
 
     @property
     def shown_text(self) -> str:
@@ -136,6 +138,8 @@ class Sample:
     def _decode_new(self) -> str | None:
         new_token_ids = self.request.token_ids[self.request.num_prompt + self.num_seen :]
         self.num_seen += len(new_token_ids)
+        if self.request.finish_reason == "stop" and not self.request.params.include_stop_str_in_output:
+            new_token_ids = new_token_ids[:-1]  # the token that ends a request is no part of its text, as in vLLM
         if self.detokenizer is None:
             return None
         return self.detokenizer.feed(new_token_ids, is_last=self.request.is_finished)

@@ -103,6 +103,7 @@ class TextEngine:
         on_update: Callable[[Generation], None] | None = None,
     ) -> Generation:
         """Queue a request with its n samples; all or none. Raises RequestError when it could never run."""
+        self._check_params(params, priority)
         with self.lock:
             number = next(self._numbers)
             request_id = str(number) if request_id is None else request_id
@@ -122,7 +123,10 @@ class TextEngine:
             return generation
 
     def step(self) -> None:
-        """Advance the engine one step and bring every touched generation up to date."""
+        """Advance the engine one step and bring every touched generation up to date.
+
+        When the step fails, the generations it ran end with their `error` set; whoever called is not to blame.
+        """
         with self.lock:
             if not self.engine.has_work:
                 return
@@ -130,11 +134,12 @@ class TextEngine:
                 advanced = self.engine.step()
             except Exception as error:
                 self._drop_failed(error)
-                raise
+                return
             result = self.engine.last_result
             for request_id, (first, judged) in result.prompt_logprobs.items():
                 known = self._generations[request_id].prompt_logprobs
                 known.extend(judged[max(0, len(known) - first) :])  # a recomputed prompt is judged again
+            touched = list(dict.fromkeys(self._generations[request.id] for request in advanced))
             for request in advanced:
                 generation = self._generations[request.id]
                 sample = next(s for s in generation.samples if s.request is request)
@@ -142,6 +147,7 @@ class TextEngine:
                 stop = sample.find_stop()
                 if stop is not None:
                     self._end_at_stop_string(request, stop)
+            for generation in touched:  # once each, however many of its samples got a token
                 self._settle(generation)
 
     def abort(self, generation: Generation) -> None:
@@ -158,10 +164,21 @@ class TextEngine:
     def _encode(self, text: str, where: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError(f"{where}: the model {self.model} has no tokenizer; give a list of token ids")
+        if not _is_unicode(text):
+            raise RequestError(f"{where}: the text holds half a surrogate pair, which is no character; remove it")
         token_ids = self.tokenizer.encode(text)
         if not token_ids:
             raise RequestError(f"{where}: the prompt is empty; give at least one token")
         return token_ids
+
+    def _check_params(self, params: SamplingParams, priority: int) -> None:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, not {_short(params)}")
+        if not isinstance(priority, int):
+            raise RequestError(f"priority must be an integer (lower runs first), not {_short(priority)}")
+        for name, num_top in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if num_top is not None and num_top > self.vocab_size:
+                raise RequestError(f"{name} of {num_top} is more than the {self.vocab_size} tokens of {self.model}")
 
     def _sample(
         self, request_id: str, index: int, prompt: Checked, params: SamplingParams, seed: int, priority: int
@@ -193,24 +210,28 @@ class TextEngine:
             generation.on_update(generation)
 
     def _drop_failed(self, error: Exception) -> None:
-        """The engine dropped what it ran when the step failed: tell the owners."""
-        for generation in set(self._generations.values()):
-            if any(sample.request.is_finished for sample in generation.samples):
-                generation.error = error
-                self.abort(generation)
+        """Tell the owners of what the engine dropped when the step failed; all is lost when it never came to a run."""
+        dropped = self._generations.keys() - self.engine.requests.keys() or self._generations.keys()
+        for generation in {self._generations[request_id] for request_id in dropped}:
+            generation.error = error
+            self.abort(generation)
 
 
 def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:
     """vLLM's dict prompts: the text or the token ids, and the namespace for the prefix cache."""
     salt = prompt.get("cache_salt") or ""
-    if not isinstance(salt, str):
-        raise RequestError(f"{where}: cache_salt must be a string, not {_short(salt)}")
+    if not isinstance(salt, str) or not _is_unicode(salt):
+        raise RequestError(f"{where}: cache_salt must be a string of whole characters, not {_short(salt)}")
     for key in ("prompt_token_ids", "prompt"):
         if key in prompt:
             return prompt[key], salt
     raise RequestError(f"{where}: the dict needs 'prompt' or 'prompt_token_ids', it has {sorted(map(str, prompt))}")
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _short(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())  # arrays print on several lines
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,7 @@
 """The loop: schedule, run, update. Decides with plain ints; the runner that computes is handed in."""
 
 import time
+from array import array
 
 import xxhash
 
@@ -82,12 +83,16 @@ class Engine:
 
     def state_hash(self) -> str:
         """One short string for all that decides the future: queues, tables, owners, cache, order of the free list."""
-        requests = [
-            [(r.id, r.num_computed, r.num_preemptions, r.block_ids, r.token_ids) for r in queue]
-            for queue in (self.scheduler.running, self.scheduler.waiting)
-        ]
-        blocks = [(b.ref_count, b.entry.block_hash if b.entry else 0) for b in self.kv.pool.blocks]
-        return xxhash.xxh3_64_hexdigest(repr((requests, blocks, list(self.kv.pool.free_ids()))).encode())
+        pool, digest = self.kv.pool, xxhash.xxh3_64()
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            for r in queue:
+                digest.update(repr((r.id, r.num_computed, r.num_preemptions, r.block_ids, r.num_tokens)).encode())
+                digest.update(array("q", r.output_token_ids).tobytes())
+            digest.update(b"|")
+        digest.update(array("q", [block.ref_count for block in pool.blocks]).tobytes())
+        digest.update(array("Q", [block.entry.block_hash if block.entry else 0 for block in pool.blocks]).tobytes())
+        digest.update(array("q", pool.free_ids()).tobytes())
+        return digest.hexdigest()
 
     def _reason_to_refuse(self, request: Request) -> str | None:
         if request.id in self.requests:
@@ -108,8 +113,8 @@ class Engine:
         return None
 
     def _report(self, plan: StepPlan, started_s: float, planned_s: float, ran_s: float) -> None:
+        updated_s = time.perf_counter()
         new_tokens = tuple((id_, tuple(tokens)) for id_, tokens in self.last_result.new_token_ids.items())
-        state_hash = self.state_hash()
         self.events.emit(
             StepRan(
                 step=plan.step,
@@ -120,7 +125,7 @@ class Engine:
                 num_free=self.kv.pool.num_free,
                 schedule_ms=(planned_s - started_s) * 1e3,
                 run_ms=(ran_s - planned_s) * 1e3,
-                update_ms=(time.perf_counter() - ran_s) * 1e3,
-                state_hash=state_hash,
+                update_ms=(updated_s - ran_s) * 1e3,
+                state_hash=self.state_hash(),
             )
         )

@@ -142,8 +142,8 @@ class Scheduler:
             request.token_ids.append(token_id)
             reason = self._end_reason(request, token_id)
             if reason:
-                is_stop_token = reason == "stop" and token_id not in self.config.eos_token_ids
-                self.finish(request, reason, token_id if is_stop_token else None)
+                is_eos = token_id in self.config.eos_token_ids and not request.params.ignore_eos
+                self.finish(request, reason, token_id if reason == "stop" and not is_eos else None)
                 return
 
     def _end_reason(self, request: Request, token_id: int) -> str | None:

@@ -19,7 +19,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Seq
     """The next token of each request, [R]; row r of logits [R, vocab] belongs to requests[r]."""
     if all(r.params.is_greedy and not r.params.has_penalties and not r.params.min_tokens for r in requests):
         return logits.float().argmax(dim=-1)  # in fp32: torch's bf16 argmax takes five times as long
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=True)  # logprobs are read from the caller's, which stay raw
     for row, request in enumerate(requests):
         forbid_early_end(logits[row], request, eos_token_ids)
         apply_penalties(logits[row], request)
@@ -47,7 +47,8 @@ def apply_penalties(logits: torch.Tensor, request: Request) -> None:
     if params.repetition_penalty != 1:
         seen = torch.tensor(request.token_ids, device=logits.device).unique()
         scores = logits[seen]
-        logits[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+        scores = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+        logits[seen] = scores.clamp(max=torch.finfo(scores.dtype).max)  # the softmax of inf is nan
     if request.num_output:
         output, counts = torch.tensor(request.output_token_ids, device=logits.device).unique(return_counts=True)
         logits[output] -= params.frequency_penalty * counts + params.presence_penalty

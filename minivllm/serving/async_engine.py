@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
 
+from minivllm.interrupts import held_interrupts
 from minivllm.llm import LLM
 from minivllm.outputs import RequestOutput
 from minivllm.request import SamplingParams
@@ -103,17 +104,21 @@ class AsyncEngine:
         """Queue a prompt and return at once. Raises RequestError when it cannot be served."""
         text_engine, stream = self.llm.text_engine, Stream(self)
         checked = text_engine.check(prompt)
-        with self._guard:
-            if self._is_closed:
-                raise RuntimeError("this AsyncEngine is closed: make a new one")
-            stream.generation = text_engine.add(
-                checked, params or SamplingParams(), priority, request_id, on_update=stream._push
-            )
-            self._streams = {id_: s for id_, s in self._streams.items() if not s.is_finished}
-            self._streams[stream.request_id] = stream
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
-                self._worker.start()
+        params = SamplingParams() if params is None else params
+        try:
+            with held_interrupts(), self._guard:
+                if self._is_closed:
+                    raise RuntimeError("this AsyncEngine is closed: make a new one")
+                stream.generation = text_engine.add(checked, params, priority, request_id, on_update=stream._push)
+                self._streams = {id_: s for id_, s in self._streams.items() if not s.is_finished}
+                self._streams[stream.request_id] = stream
+                if self._worker is None:
+                    self._worker = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
+                    self._worker.start()
+        except KeyboardInterrupt:
+            if stream.generation is not None:
+                stream.abort()  # nobody will hold the stream
+            raise
         return stream
 
     def abort(self, request_id: str) -> bool:
@@ -141,8 +146,4 @@ class AsyncEngine:
                 if not text_engine.has_work:
                     self._worker = None
                     return
-            try:
-                text_engine.step()
-            except Exception as error:
-                # The owners of the failed requests get the error from their streams; the others go on.
-                assert error.__traceback__ is not None
+            text_engine.step()  # a failing step ends the requests it ran; their streams raise the error

@@ -91,7 +91,8 @@ class BlockMap(View):
             case "step":
                 if self.source.steps is None:
                     raise MiniVLLMError("a live map shows the present; record a Trace and replay it to go back")
-                self.source.seek(whole_number("step", value, *self.source.steps))
+                first, last, _ = self.source.steps
+                self.source.seek(whole_number("step", value, first, last))
             case "block":
                 last = len(self.picture["cells"]) - 1
                 block = None if value is None else whole_number("block", value, 0, last)

@@ -49,7 +49,7 @@ class BlockMapPicture(Picture):
     selected_offset: int | None
     highlight: str | None
     step: int
-    steps: tuple[int, int] | None
+    steps: tuple[int, int, int] | None  # of a replay: first, last, shown
     provenance: str
 
 
@@ -58,7 +58,7 @@ def draw(
     block: int | None = None,
     offset: int | None = None,
     highlight: str | None = None,
-    steps: tuple[int, int] | None = None,
+    steps: tuple[int, int, int] | None = None,
     provenance: str = "",
 ) -> BlockMapPicture:
     """The pool as plain JSON: sentence, cells, legend, twin. `block` and `offset` are marked."""
@@ -100,10 +100,10 @@ def layout(num_blocks: int) -> tuple[int, int, int]:
 def title(state: PoolState) -> str:
     """The state of the pool as one sentence with its numbers."""
     shared = f" ({state.num_shared} shared)" if state.num_shared else ""
-    usable = counted(state.num_blocks - 1, "block")
+    usable, slots = counted(state.num_blocks - 1, "block"), counted(state.num_live_slots, "live slot")
     return (
-        f"Step {state.step}: {state.num_live} of {usable} live{shared}, {state.num_cached_free} free but still"
-        f" cached, {state.num_empty} empty; {state.num_wasted_slots} of {counted(state.num_live_slots, 'live slot')}"
+        f"Step {state.step}: {state.num_live:,} of {usable} live{shared}, {state.num_cached_free:,} free but still"
+        f" cached, {state.num_empty:,} empty; {state.num_wasted_slots:,} of {slots}"
         " hold nothing yet."
     )
 
@@ -160,18 +160,18 @@ def _owner(request: RequestState) -> Owner:
         "letter": owner_letter(request.ordinal),
         "colour": owner_colour(request.ordinal),
         "words": f"request {clipped(request.request_id, 24)}: {counted(len(request.block_ids), 'block')}, "
-        f"{counted(request.num_computed, 'token')} stored, {request.status}",
+        f"{counted(request.num_computed, 'token')} stored",
     }
 
 
 def _legend(state: PoolState) -> list[tuple[str, str]]:
     return [
         ("filled", "slots that hold K and V"),
-        ("unfilled", f"slots not filled yet ({state.num_wasted_slots})"),
+        ("unfilled", f"slots not filled yet ({state.num_wasted_slots:,})"),
         ("shared", f"thick border: held by more than one request ({state.num_shared})"),
         ("published", "corner: contents published in the prefix cache"),
-        ("cached", f"free, contents still cached ({state.num_cached_free})"),
-        ("empty", f"free and empty ({state.num_empty})"),
+        ("cached", f"free, contents still cached ({state.num_cached_free:,})"),
+        ("empty", f"free and empty ({state.num_empty:,})"),
         ("null", "null block, never handed out"),
     ]
 

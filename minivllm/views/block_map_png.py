@@ -72,7 +72,7 @@ def _draw_slots(canvas: Canvas, cell: Cell, owners: list[Owner], block_size: int
             canvas.box((left, top + i * band, share, band), fill=owner["colour"])
         canvas.hatch((left + share, top, width - share, height), owners[0]["colour"])
     elif cell.kind == "cached":
-        canvas.hatch(box, FAINT, gap=2.5)
+        canvas.dots(box, NEUTRAL)
         canvas.box(box, border=FAINT)
     elif cell.kind == "null":
         canvas.box(box, border=FAINT)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from minivllm.views.theme import NEUTRAL
 
 SCALE = 2
+PLAIN = str.maketrans({"→": "->", "×": "x", "␣": "_", "⏎": "\\n", "⇥": "\\t", "∅": "-"})  # not in Pillow's font
 Box = tuple[float, float, float, float]  # left, top, width, height
 
 
@@ -23,7 +24,7 @@ class Canvas:
     def text(self, x: float, y: float, words: str, size: float = 12, ink: str = NEUTRAL) -> float:
         """Write with the top left corner at (x, y); returns where the words end."""
         font = _font(round(size * SCALE))
-        self._draw.text((x * SCALE, y * SCALE), words, fill=ink, font=font)
+        self._draw.text((x * SCALE, y * SCALE), words.translate(PLAIN), fill=ink, font=font)
         return x + text_width(words, size)
 
     def paragraph(self, x: float, y: float, words: str, width: float, size: float = 12) -> float:
@@ -51,6 +52,13 @@ class Canvas:
             lines.line((start, height, start + height, 0), fill=ink, width=SCALE)
         self.image.alpha_composite(tile, (left, top))
 
+    def dots(self, box: Box, ink: str, gap: float = 4) -> None:
+        """Fill a box with dots."""
+        left, top, width, height = box
+        for row in range(int(height / gap)):
+            for column in range(int(width / gap)):
+                self.box((left + (column + 0.4) * gap, top + (row + 0.4) * gap, 1.5, 1.5), fill=ink)
+
     def line(self, x: float, y: float, to_x: float, to_y: float, ink: str = NEUTRAL, thickness: float = 1) -> None:
         ends = (x * SCALE, y * SCALE, to_x * SCALE, to_y * SCALE)
         self._draw.line(ends, fill=ink, width=round(thickness * SCALE))
@@ -61,7 +69,7 @@ class Canvas:
 
 def text_width(words: str, size: float = 12) -> float:
     """Width of a line in page pixels."""
-    return float(_font(round(size * SCALE)).getlength(words)) / SCALE
+    return float(_font(round(size * SCALE)).getlength(words.translate(PLAIN))) / SCALE
 
 
 def wrapped(words: str, width: float, size: float = 12) -> list[str]:

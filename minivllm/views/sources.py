@@ -11,13 +11,14 @@ from minivllm.views.pool_state import PoolFold, PoolState
 
 
 class Source(Protocol):
-    header: Mapping[str, object]
+    @property
+    def header(self) -> Mapping[str, object]: ...
 
     def state(self) -> PoolState: ...
 
     @property
-    def steps(self) -> tuple[int, int] | None:
-        """First and last step that can be shown, or None when only the present can."""
+    def steps(self) -> tuple[int, int, int] | None:
+        """First and last step that can be shown and the one that is, or None when only the present can be."""
         ...
 
     def seek(self, step: int) -> None: ...
@@ -28,7 +29,7 @@ class Source(Protocol):
 class LiveSource:
     """Listens to a bus; the engine's thread only appends, whoever draws folds."""
 
-    steps: tuple[int, int] | None = None
+    steps: tuple[int, int, int] | None = None
 
     def __init__(
         self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event], wake: Callable[[], None]
@@ -74,11 +75,11 @@ class TraceSource:
     def __init__(self, trace: Trace) -> None:
         self.header = trace.header
         self._events = tuple(trace.events)
-        self.steps: tuple[int, int] | None = (0, trace.last_step)
+        self._last = trace.last_step
         self._lock = threading.Lock()
         self._fold = PoolFold(trace.header)
         self._num_applied = 0
-        self._step = trace.last_step
+        self._step = self._last
         self._shown: tuple[int, PoolState] | None = None
 
     def state(self) -> PoolState:
@@ -86,6 +87,10 @@ class TraceSource:
             if self._shown is None or self._shown[0] != self._step:
                 self._shown = (self._step, self._folded(self._step))
             return self._shown[1]
+
+    @property
+    def steps(self) -> tuple[int, int, int] | None:
+        return 0, self._last, self._step
 
     def seek(self, step: int) -> None:
         with self._lock:

@@ -85,7 +85,7 @@ class View(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.drawn()['title']})"
 
-    def _repr_mimebundle_(self, **options: object) -> MimeBundle | None:
+    def _repr_mimebundle_(self, **options: dict[str, object]) -> MimeBundle | None:
         return with_twins(super()._repr_mimebundle_(**options), self.drawn()["text"], self.image())
 
     def _moved(self, control: str, value: object) -> None:
@@ -124,7 +124,7 @@ class Panel(ipywidgets.VBox):
     def __repr__(self) -> str:
         return f"Panel({', '.join(map(repr, self.views))})"
 
-    def _repr_mimebundle_(self, **options: object) -> MimeBundle | None:
+    def _repr_mimebundle_(self, **options: dict[str, object]) -> MimeBundle | None:
         bundle = super()._repr_mimebundle_(**options)
         pair = (bundle, {}) if isinstance(bundle, dict) else bundle
         text = "\n\n".join(view.drawn()["text"] for view in self.views)

@@ -1,0 +1,80 @@
+// Shared by all views. Text reaches the page through text nodes only; nothing here parses HTML.
+
+const SVG = "http://www.w3.org/2000/svg"; // a name, never fetched
+
+function put(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) node.removeAttribute(name);
+    else node.setAttribute(name, value === true ? "" : String(value));
+  }
+  if (children !== undefined) node.replaceChildren(...[].concat(children));
+  return node;
+}
+
+const element = (tag, attributes = {}, children) => put(document.createElement(tag), attributes, children);
+const shape = (tag, attributes = {}, children) => put(document.createElementNS(SVG, tag), attributes, children);
+
+function button(words, label, onClick) {
+  const node = element("button", { type: "button", class: "mv-button", "aria-label": label, title: label }, words);
+  node.addEventListener("click", onClick);
+  return node;
+}
+
+function labelled(words, control) {
+  return element("label", { class: "mv-label" }, [words + " ", control]);
+}
+
+function dropdown(label, onChange) {
+  const node = element("select", { class: "mv-select", "aria-label": label });
+  node.addEventListener("change", () => onChange(node.value));
+  return node;
+}
+
+// Show these options and this choice; leave the list alone while nothing changed, so that it stays open.
+function fillDropdown(node, options, chosen) {
+  const key = JSON.stringify(options);
+  if (node.dataset.key !== key) {
+    node.replaceChildren(...options.map(([value, words]) => element("option", { value }, words)));
+    node.dataset.key = key;
+  }
+  if (node.value !== String(chosen)) node.value = String(chosen);
+}
+
+const send = (model, control, value) => model.send({ control, value });
+
+// Draw on the next frame, however many changes came; returns what ends it.
+function drawOnChange(model, draw) {
+  let frame = 0;
+  const run = () => {
+    frame = 0;
+    draw(model.get("picture"));
+  };
+  const later = () => {
+    if (!frame) frame = requestAnimationFrame(run);
+  };
+  model.on("change:picture", later);
+  run();
+  return () => {
+    model.off("change:picture", later);
+    cancelAnimationFrame(frame);
+  };
+}
+
+// What every view ends with: a line for errors, and the text twin for whoever would rather read.
+function footer() {
+  const status = element("div", { class: "mv-status", role: "status", "aria-live": "polite" });
+  const text = element("pre", { class: "mv-text" });
+  const root = element("div", {}, [status, element("details", {}, [element("summary", {}, "as text"), text])]);
+  return {
+    root,
+    draw(picture) {
+      status.textContent = picture.status;
+      text.textContent = picture.text;
+    },
+  };
+}
+
+const contrastInk = (colour) => {
+  const [r, g, b] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
+  return 0.299 * r + 0.587 * g + 0.114 * b > 120 ? "#000" : "#fff";
+};

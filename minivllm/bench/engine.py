@@ -1,0 +1,231 @@
+"""`minivllm bench engine`: our engine beside transformers, on the same weights, dtype and threads, in one run.
+
+Every figure is a ratio of times taken in turn within one process; the best of the repetitions counts for each side.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+from tqdm import tqdm
+
+from minivllm.bench.rivals import load_rival, run_continuous, run_generate
+from minivllm.errors import ConfigError
+from minivllm.events import StepRan, Trace
+from minivllm.llm import LLM
+from minivllm.provenance import provenance
+from minivllm.request import SamplingParams
+
+Row = dict[str, object]
+NUM_NEW = 64
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, measure, print a table, write the result file."""
+    parser = argparse.ArgumentParser(prog="minivllm bench engine", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", default="decode,mixed,prefix,overhead", help="comma-separated, of these four")
+    parser.add_argument("--output", type=Path, help="write the figures and their provenance to this JSON file")
+    args = parser.parse_args(argv)
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        raise ConfigError(f"--parts: '{unknown.pop()}' is not one of {', '.join(PARTS)}")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rows: list[Row] = []
+    for part in args.parts.split(","):
+        rows += PARTS[part](args)
+    _print_table(rows)
+    if args.output:
+        args.output.write_text(json.dumps({"provenance": provenance(args.seed), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def bench_decode(args: argparse.Namespace) -> list[Row]:
+    """Decode tokens/s of ragged batches: the time of 64 new tokens less the time of the first."""
+    llm = _engine(args, enable_prefix_caching=False)
+    rival = load_rival(_folder(llm), args.dtype)
+    rows: list[Row] = []
+    for num_seqs in (1, 8, 16):
+        prompts = _prompts(num_seqs, 64, 192, args.seed)
+        lengths = {"first": [1] * num_seqs, "all": [NUM_NEW] * num_seqs}
+        best = _interleave(
+            f"decode, {num_seqs} requests", args.repeats,
+            {
+                **{f"ours {k}": _ours(llm, prompts, n) for k, n in lengths.items()},
+                **{f"generate {k}": _rival(rival, prompts, n, num_seqs) for k, n in lengths.items()},
+                "continuous first": lambda p=prompts, n=lengths["first"]: run_continuous(rival, p, n, 2048),
+                "continuous all": lambda p=prompts, n=lengths["all"]: run_continuous(rival, p, n, 2048),
+            },
+        )  # fmt: skip
+        speeds = {
+            who: num_seqs * (NUM_NEW - 1) / (best[f"{who} all"] - best[f"{who} first"])
+            for who in ("ours", "generate", "continuous")
+        }
+        rows.append(_compared(f"decode, {num_seqs} requests", "tokens/s", speeds))
+    return rows
+
+
+def bench_mixed(args: argparse.Namespace) -> list[Row]:
+    """End to end on 32 requests of mixed lengths: static batches pad, the engine does not."""
+    llm = _engine(args, enable_prefix_caching=False)
+    rival = load_rival(_folder(llm), args.dtype)
+    prompts, random = _prompts(32, 16, 256, args.seed), Random(args.seed + 1)
+    num_new = [random.randint(8, 128) for _ in prompts]
+    best = _interleave(
+        "32 mixed requests", args.repeats,
+        {
+            "ours": _ours(llm, prompts, num_new),
+            "generate batch 8": _rival(rival, prompts, num_new, 8),
+            "generate batch 16": _rival(rival, prompts, num_new, 16),
+            "generate batch 32": _rival(rival, prompts, num_new, 32),
+            "continuous": lambda: run_continuous(rival, prompts, num_new, 2048),
+        },
+    )  # fmt: skip
+    speeds = {who: sum(num_new) / seconds for who, seconds in best.items()}
+    return [_compared("end to end, 32 requests of mixed lengths", "tokens/s", speeds)]
+
+
+def bench_prefix(args: argparse.Namespace) -> list[Row]:
+    """Time to first token behind a shared prefix of 512 tokens, cold and warm."""
+    llm = _engine(args, enable_prefix_caching=True)
+    prefix, tails = _prompts(1, 512, 512, args.seed)[0], _prompts(2, 32, 32, args.seed + 1)
+
+    def first_token(tail: Sequence[int], is_warm: bool) -> float:
+        llm.reset_prefix_cache()
+        if is_warm:
+            llm.generate([list(prefix)], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        output = llm.generate([[*prefix, *tail]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)[0]
+        assert output.num_cached_tokens == (512 if is_warm else 0)
+        assert output.metrics.time_to_first_token is not None
+        return output.metrics.time_to_first_token
+
+    runs = [(first_token(tails[0], False), first_token(tails[1], True)) for _ in range(args.repeats + 1)]
+    cold_s, warm_s = (min(times) for times in zip(*runs, strict=True))
+    row: Row = {"what": "time to first token, 512 shared + 32 own tokens", "unit": "ms"}
+    return [
+        row | {"cold": round(cold_s * 1e3, 1), "warm": round(warm_s * 1e3, 1), "warm / cold": round(warm_s / cold_s, 3)}
+    ]
+
+
+def bench_overhead(args: argparse.Namespace) -> list[Row]:
+    """What a decode step of 16 requests spends outside the model, and what recording it costs."""
+    llm = _engine(args, enable_prefix_caching=True)
+    prompts = _prompts(16, 64, 192, args.seed)
+    trace = Trace()
+    run = _ours(llm, prompts, [NUM_NEW] * 16)
+
+    def recorded() -> float:
+        trace.events.clear()
+        stop = llm.events.listen(trace)
+        seconds = run()
+        stop()
+        return seconds
+
+    best = _interleave("overhead", args.repeats, {"silent": run, "recorded": recorded})
+    steps = [event for event in trace if isinstance(event, StepRan) and len(event.scheduled) == 16][1:]
+    median = {
+        name: sorted(getattr(s, name) for s in steps)[len(steps) // 2]
+        for name in ("schedule_ms", "run_ms", "update_ms")
+    }
+    batch_ms = _time_batches(llm)
+    row: Row = {"what": "decode step of 16 requests", "unit": "ms (median)"}
+    row |= {name.removesuffix("_ms"): round(value, 3) for name, value in median.items()}
+    row |= {
+        "of run: batch tensors": round(batch_ms, 3),
+        "recording, share of run": round(best["recorded"] / best["silent"] - 1, 4),
+    }
+    return [row]
+
+
+def _time_batches(llm: LLM) -> float:
+    """Milliseconds to turn a 16-request decode plan into tensors."""
+    from minivllm.engine.plan import StepPlan
+    from minivllm.request import Request
+    from minivllm.runner.batch import build_batch
+
+    requests = [
+        Request(str(i), [0] * 200, 199, SamplingParams(), 1, num_computed=199, block_ids=list(range(1, 14)))
+        for i in range(16)
+    ]
+    plan = StepPlan(1, [(request, 1) for request in requests], [], [])
+    started_s = time.perf_counter()
+    for _ in range(200):
+        build_batch(plan, llm.config.block_size, llm.device)
+    return (time.perf_counter() - started_s) / 200 * 1e3
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "decode": bench_decode,
+    "mixed": bench_mixed,
+    "prefix": bench_prefix,
+    "overhead": bench_overhead,
+}
+
+
+def _engine(args: argparse.Namespace, enable_prefix_caching: bool) -> LLM:
+    return LLM(args.model, dtype=args.dtype, enable_prefix_caching=enable_prefix_caching, seed=args.seed)
+
+
+def _folder(llm: LLM) -> Path:
+    from minivllm.weights import find_model
+
+    folder = find_model(llm.model).folder
+    assert folder is not None, "a benchmark beside transformers needs weights on disk"
+    return folder
+
+
+def _prompts(num_prompts: int, shortest: int, longest: int, seed: int) -> list[list[int]]:
+    random = Random(seed)
+    return [[random.randint(100, 40_000) for _ in range(random.randint(shortest, longest))] for _ in range(num_prompts)]
+
+
+def _ours(llm: LLM, prompts: list[list[int]], num_new: Sequence[int]) -> Callable[[], float]:
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in num_new]
+
+    def run() -> float:
+        llm.reset_prefix_cache()
+        started_s = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert sum(len(output.outputs[0].token_ids) for output in outputs) == sum(num_new)
+        return time.perf_counter() - started_s
+
+    return run
+
+
+def _rival(model: object, prompts: list[list[int]], num_new: Sequence[int], batch_size: int) -> Callable[[], float]:
+    return lambda: run_generate(model, prompts, num_new, batch_size)  # type: ignore[arg-type]
+
+
+def _interleave(title: str, repeats: int, runs: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Run each in turn, `repeats` times after one round to warm up; the best seconds of each."""
+    best: dict[str, float] = {}
+    for repeat in tqdm(range(repeats + 1), desc=title):
+        for name, run in runs.items():
+            seconds = run()
+            if repeat > 0:
+                best[name] = min(seconds, best.get(name, seconds))
+    return best
+
+
+def _compared(what: str, unit: str, speeds: dict[str, float]) -> Row:
+    best_generate = max(speed for who, speed in speeds.items() if who.startswith("generate"))
+    return {
+        "what": what, "unit": unit, **{who: round(speed, 1) for who, speed in speeds.items()},
+        "ours / generate": round(speeds["ours"] / best_generate, 2),
+        "ours / continuous": round(speeds["ours"] / speeds["continuous"], 2),
+    }  # fmt: skip
+
+
+def _print_table(rows: list[Row]) -> None:
+    for row in rows:
+        print(f"{row['what']} [{row['unit']}]")
+        print("   " + "   ".join(f"{name}: {value}" for name, value in row.items() if name not in ("what", "unit")))
