@@ -119,7 +119,7 @@ class Request:
     token_ids: list[int]  # prompt, then output
     num_prompt: int
     params: SamplingParams
-    max_tokens: int  # output tokens allowed: params.max_tokens, cut to the room that max_model_len leaves
+    max_tokens: int  # output tokens allowed; the engine cuts it to the room that max_model_len leaves
     seed: int = 0
     priority: int = 0  # lower runs first
     salt: str = ""  # namespace of the prefix cache

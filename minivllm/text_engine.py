@@ -183,13 +183,12 @@ class TextEngine:
     def _sample(
         self, request_id: str, index: int, prompt: Checked, params: SamplingParams, seed: int, priority: int
     ) -> Sample:
-        room = self.engine.config.max_model_len - len(prompt.token_ids)
         request = Request(
             id=request_id if params.n == 1 else f"{request_id}.{index}",
             token_ids=list(prompt.token_ids),
             num_prompt=len(prompt.token_ids),
             params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            max_tokens=params.max_tokens or self.engine.config.max_model_len,
             seed=seed + index,
             priority=priority,
             salt=prompt.salt,

@@ -32,10 +32,11 @@ class Engine:
         return bool(self.requests)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError, with nothing changed, when it could never run."""
+        """Queue a request, its max_tokens cut to the room it has. Raises RequestError when it could never run."""
         if reason := self._reason_to_refuse(request):
             self.events.emit(Refused(self.scheduler.step, request.id, reason))
             raise RequestError(f"request {request.id}: {reason}")
+        request.max_tokens = min(request.max_tokens, self.config.max_model_len - request.num_prompt)
         self._num_arrived += 1
         request.arrival = self._num_arrived
         request.arrival_s = request.arrival_s or time.monotonic()
@@ -86,8 +87,8 @@ class Engine:
         pool, digest = self.kv.pool, xxhash.xxh3_64()
         for queue in (self.scheduler.running, self.scheduler.waiting):
             for r in queue:
-                digest.update(repr((r.id, r.num_computed, r.num_preemptions, r.block_ids, r.num_tokens)).encode())
-                digest.update(array("q", r.output_token_ids).tobytes())
+                digest.update(repr((r.id, r.num_computed, r.num_preemptions, r.block_ids)).encode())
+                digest.update(array("q", r.token_ids).tobytes())
             digest.update(b"|")
         digest.update(array("q", [block.ref_count for block in pool.blocks]).tobytes())
         digest.update(array("Q", [block.entry.block_hash if block.entry else 0 for block in pool.blocks]).tobytes())
@@ -104,7 +105,7 @@ class Engine:
                 f"the prompt has {request.num_prompt} tokens and max_model_len is {self.config.max_model_len}, "
                 "which must leave room for one new token; shorten the prompt or raise max_model_len"
             )
-        num_most = request.num_prompt + request.max_tokens - 1  # the last token is never stored
+        num_most = min(request.num_prompt + request.max_tokens, self.config.max_model_len) - 1  # the last is not stored
         if blocks_needed(num_most, self.config.block_size) > self.kv.pool.num_usable:
             return (
                 f"it may need {num_most} tokens and the KV pool holds {self.config.capacity_tokens}; "

@@ -1,0 +1,91 @@
+"""A runner without a model: the next token is a pure function of the prefix, read back through the block table.
+
+Every slot remembers its token, its position and a digest of the whole prefix up to it, as real K and V do. So a wrong
+share, a stale block or a missed recompute is an assertion (invariant I16), or it changes the tokens that come out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.config import EngineConfig
+from minivllm.engine.block_pool import CacheEntry
+from minivllm.engine.engine import Engine
+from minivllm.engine.kv_manager import slot_of
+from minivllm.engine.plan import StepPlan, StepResult, needs_token
+from minivllm.request import Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a slot holds; `digest` covers every token up to this one."""
+
+    token_id: int
+    position: int
+    digest: int
+
+
+class FakeRunner:
+    """Tokens 0 .. vocab_size-1; make 0 the engine's EOS to see requests end early."""
+
+    def __init__(self, block_size: int, vocab_size: int = 12) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.contents: dict[int, Fingerprint] = {}
+        self.entries: dict[int, tuple[CacheEntry, list[Fingerprint]]] = {}  # cached blocks by serial, as first seen
+        self.before: Callable[[StepPlan], None] = lambda plan: None  # looks at the plan
+        self.after: Callable[[StepPlan], None] = lambda plan: None  # may raise or abort: the slots are written
+        self._written: dict[Request, tuple[int, int]] = {}  # preemptions so far, end of what was written since
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Write the scheduled tokens, check all that stands before them, answer where a request is up to date."""
+        self.before(plan)
+        for request, num_new in plan.scheduled:
+            self._write(request, num_new)
+        up_to_date = [request for request, num_new in plan.scheduled if needs_token(request, num_new)]
+        answers = {request.id: [self._next_token(request)] for request in up_to_date}
+        self.after(plan)
+        return StepResult(answers)
+
+    def _write(self, request: Request, num_new: int) -> None:
+        start, end = request.num_computed, request.num_computed + num_new
+        num_preemptions, written = self._written.get(request, (0, start))
+        assert start == written or num_preemptions < request.num_preemptions, (
+            f"I9: {request.id} writes from {start}, wrote up to {written}"
+        )
+        digest = self._read(request, start)
+        for position in range(start, end):
+            token_id = request.token_ids[position]
+            digest = hash((digest, token_id))  # ints only: the same in every process
+            slot = slot_of(position, request.block_ids, self.block_size)
+            self.contents[slot] = Fingerprint(token_id, position, digest)
+        self._written[request] = request.num_preemptions, end
+
+    def _read(self, request: Request, end: int) -> int:
+        """The digest of the first `end` tokens, every one of them verified in its slot."""
+        digest = 0
+        for position, token_id in enumerate(request.token_ids[:end]):
+            digest = hash((digest, token_id))
+            slot = slot_of(position, request.block_ids, self.block_size)
+            found, expected = self.contents.get(slot), Fingerprint(token_id, position, digest)
+            assert found == expected, f"I16: {request.id} at {position}, slot {slot}: {found}, not {expected}"
+        return digest
+
+    def _next_token(self, request: Request) -> int:
+        return self._read(request, request.num_tokens) % self.vocab_size
+
+
+def fake_engine(**options: Any) -> tuple[Engine, FakeRunner]:
+    """Ten blocks of four tokens and room for all, unless told otherwise."""
+    defaults: dict[str, Any] = {"num_blocks": 11, "block_size": 4, "max_model_len": 40, "watermark": 0.0}
+    config = EngineConfig(**{**defaults, **options})
+    runner = FakeRunner(config.block_size)
+    return Engine(config, runner), runner
+
+
+def fake_request(
+    id_: str, prompt: list[int] | range, max_tokens: int = 4, priority: int = 0, salt: str = "", **params: Any
+) -> Request:
+    """A request as the front would make it."""
+    wish = SamplingParams(max_tokens=max_tokens, **params)
+    return Request(id_, list(prompt), len(prompt), wish, max_tokens, priority=priority, salt=salt)

@@ -1,0 +1,215 @@
+"""The invariants I1-I15 of the engine, checked from outside: after a step, on a plan, and when all is drained.
+
+The fake runner adds I16 and the "written once" of I9. I8 (drafts are never cached) has no drafts to look at yet.
+"""
+
+from collections import Counter
+from itertools import pairwise
+
+from minivllm.engine import kv_manager
+from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool
+from minivllm.engine.engine import Engine
+from minivllm.engine.kv_manager import blocks_needed
+from minivllm.engine.plan import StepPlan
+from minivllm.engine.prefix_cache import HashChainCache, root_hash
+from minivllm.events import BlockCached, BlocksReleased, BlocksTaken, Event, Evicted, PrefixHit
+from minivllm.request import Request, Status
+from tests.fake_runner import FakeRunner
+
+
+def check_invariants(engine: Engine, runner: FakeRunner | None = None) -> None:
+    """Assert all that must hold between two steps; with a fake runner also what the slots hold."""
+    _check_ownership(engine)
+    _check_free_list(engine.kv.pool)
+    _check_cache(engine)
+    _check_requests(engine)
+    if runner is not None:
+        _check_cached_contents(engine, runner)
+
+
+def check_plan(engine: Engine, plan: StepPlan) -> None:
+    """Assert what a plan must keep before anything of it runs."""
+    config, pool = engine.config, engine.kv.pool
+    # I11: one budget for all, a seat for each.
+    assert plan.num_tokens <= config.max_num_batched_tokens, f"I11: {plan.num_tokens} tokens in one step"
+    assert len(engine.scheduler.running) <= config.max_num_seqs, f"I11: {len(engine.scheduler.running)} running"
+    assert len({request.id for request, _ in plan.scheduled}) == len(plan.scheduled), "I11: scheduled twice"
+    for request, num_new in plan.scheduled:
+        assert request.status is Status.RUNNING, f"I11: {request.id} is scheduled while {request.status}"
+        # I7, I9: a hit leaves a token to compute; nothing beyond the known tokens is computed.
+        assert num_new > 0, f"I7: {request.id} has nothing to compute"
+        end = request.num_computed + num_new
+        assert end <= request.num_tokens, f"I9: {request.id} would compute {end} of {request.num_tokens} tokens"
+        if not config.enable_chunked_prefill:
+            assert end == request.num_tokens, f"I11: {request.id} is chunked"
+        # I10: exactly the blocks that computed and scheduled tokens need.
+        needed = blocks_needed(end, config.block_size)
+        assert len(request.block_ids) == needed, f"I10: {request.id} has {len(request.block_ids)} blocks, not {needed}"
+        # I12: only a sole owner writes, and never to a block that is cached.
+        for block_id in request.block_ids[request.num_computed // config.block_size :]:
+            assert pool.blocks[block_id].ref_count == 1, f"I12: {request.id} writes to shared block {block_id}"
+            assert pool.blocks[block_id].entry is None, f"I5: {request.id} writes to cached block {block_id}"
+
+
+def check_drained(engine: Engine) -> None:
+    """I13: with no request left, every block is free and nothing is remembered but the cache."""
+    pool = engine.kv.pool
+    assert not engine.requests and not engine.has_work, f"I13: {list(engine.requests)} linger"
+    assert len(engine.scheduler.running) == len(engine.scheduler.waiting) == 0, "I13: a queue is not empty"
+    assert all(block.ref_count == 0 for block in pool.blocks), "I13: a block still has an owner"
+    assert pool.num_free == pool.num_usable == len(pool.blocks) - 1, f"I13: {pool.num_free} of {pool.num_usable} free"
+
+
+def most_steps_to_drain(engine: Engine) -> int:
+    """I15: the first in the order gets a token in each step and is never preempted, so this many steps are enough.
+
+    Under `priority` a guest may first end its own work, once for each request that goes before it.
+    """
+    work = sum(request.num_prompt + request.max_tokens for request in engine.requests.values())
+    return work * (1 + len(engine.requests)) if engine.config.scheduling_policy == "priority" else work
+
+
+class FreeListTwin:
+    """I14: the free list told again from the events alone, as a plain list; evictions must take its first block."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.free = list(range(1, num_blocks))
+        self.owners: Counter[int] = Counter()
+        self.cached: set[int] = set()
+        self.is_resetting = False
+
+    def __call__(self, event: Event) -> None:
+        """Be a listener: `engine.events.listen(twin)`."""
+        if isinstance(event, PrefixHit):
+            for block_id in event.block_ids:
+                if not self.owners[block_id]:
+                    self.free.remove(block_id)
+                self.owners[block_id] += 1
+        elif isinstance(event, Evicted):
+            assert event.block_id in self.free, f"I14: block {event.block_id} was evicted while in use"
+            self.cached.discard(event.block_id)
+            place = self.free.index(event.block_id)
+            if self.is_resetting:
+                self.free.insert(0, self.free.pop(place))
+            else:  # those before it are taken before it, in the same stroke
+                assert self.cached.isdisjoint(self.free[:place]), f"I14: {event.block_id} was evicted out of turn"
+        elif isinstance(event, BlocksTaken):
+            for block_id in event.block_ids:
+                assert self.free.pop(0) == block_id, f"I14: block {block_id} was taken out of turn"
+                self.owners[block_id] += 1
+        elif isinstance(event, BlocksReleased):
+            for block_id in reversed(event.block_ids):
+                self._release(block_id)
+        elif isinstance(event, BlockCached):
+            self.cached.add(event.block_id)
+
+    def _release(self, block_id: int) -> None:
+        self.owners[block_id] -= 1
+        if self.owners[block_id] == 0:
+            self.free.insert(len(self.free) if block_id in self.cached else 0, block_id)
+
+    def check(self, pool: BlockPool) -> None:
+        assert list(pool.free_ids()) == self.free, f"I14: free list {list(pool.free_ids())}, events say {self.free}"
+
+
+def _check_ownership(engine: Engine) -> None:
+    pool = engine.kv.pool
+    held = Counter(block_id for request in engine.requests.values() for block_id in request.block_ids)
+    free = list(pool.free_ids())
+    # I1: as many owners as table entries.
+    for block in pool.blocks:
+        assert block.ref_count == held[block.id], f"I1: block {block.id} counts {block.ref_count}, not {held[block.id]}"
+    # I2: the null block, the free and the used are disjoint and complete.
+    assert NULL_BLOCK not in free and NULL_BLOCK not in held, "I2: the null block was handed out"
+    assert {NULL_BLOCK, *free, *held} == set(range(len(pool.blocks))), "I2: a block is lost"
+    # I3: nobody is free twice.
+    assert len(free) == len(set(free)), f"I3: duplicates in the free list {free}"
+    # I4: no table points to a free block.
+    assert held.keys().isdisjoint(free), f"I4: tables point to free blocks {held.keys() & set(free)}"
+    for request in engine.requests.values():
+        assert len(set(request.block_ids)) == len(request.block_ids), f"I1: {request.id} holds a block twice"
+
+
+def _check_free_list(pool: BlockPool) -> None:
+    """I3: links agree both ways, the count is right, and blocks without contents stand before cached ones."""
+    chain: list[Block] = [pool._head]
+    while chain[-1].next is not None:
+        chain.append(chain[-1].next)
+        assert len(chain) <= len(pool.blocks) + 1, "I3: the free list has a loop"
+    assert chain[-1] is pool._tail, "I3: the free list is torn"
+    assert all(after.previous is before for before, after in pairwise(chain)), "I3: the links disagree"
+    assert pool.num_free == len(chain) - 2, f"I3: num_free is {pool.num_free}, the list has {len(chain) - 2}"
+    is_cached = [block.entry is not None for block in chain[1:-1]]
+    assert is_cached == sorted(is_cached), "I14: a cached block stands before an empty one"
+    assert all(b.previous is b.next is None for b in pool.blocks if b.ref_count), "I3: a used block is linked"
+
+
+def _check_cache(engine: Engine) -> None:
+    cache, blocks = engine.kv.cache, engine.kv.pool.blocks
+    block_of = cache.block_of if isinstance(cache, HashChainCache) else {}
+    # I6: the map and the blocks agree, one entry for each.
+    for block_hash, block in block_of.items():
+        assert blocks[block.id] is block, f"I6: the map leads to a strange block {block.id}"
+        assert block.entry and block.entry.block_hash == block_hash, f"I6: block {block.id} does not hold its key"
+    holders = [block for block in blocks if block.entry is not None]
+    assert len(holders) == len(block_of), f"I6: {len(holders)} blocks cache, the map has {len(block_of)}"
+    # I5: a cached block is full.
+    for block in holders:
+        assert block.entry and len(block.entry.token_ids) == engine.config.block_size, f"I5: {block.id} is not full"
+
+
+def _check_requests(engine: Engine) -> None:
+    size, scheduler = engine.config.block_size, engine.scheduler
+    running, waiting = list(scheduler.running), list(scheduler.waiting)
+    everyone = [*running, *waiting]
+    assert len(everyone) == len(engine.requests), "I15: a request is in no queue, or in two"
+    assert set(map(id, everyone)) == set(map(id, engine.requests.values())), "I15: the queues hold strangers"
+    assert len(running) <= engine.config.max_num_seqs, f"I11: {len(running)} running"
+    for request in everyone:
+        # I7, I9: at least one prompt token is computed, and none beyond the known ones.
+        assert request.num_cached < request.num_prompt, f"I7: {request.id} hit {request.num_cached}"
+        assert request.num_computed <= request.num_tokens, f"I9: {request.id} computed {request.num_computed}"
+        assert request.num_output < request.max_tokens, f"I15: {request.id} should have ended"
+        # I10: the table has exactly the blocks of what is computed.
+        needed = blocks_needed(request.num_computed, size)
+        assert len(request.block_ids) == needed, f"I10: {request.id} has {len(request.block_ids)} blocks, not {needed}"
+    for request in running:
+        assert request.status is Status.RUNNING, f"I15: {request.id} runs while {request.status}"
+    for request in waiting:
+        assert request.status is Status.WAITING, f"I15: {request.id} waits while {request.status}"
+        assert not request.block_ids and request.num_computed == 0, f"I9: {request.id} waits and holds blocks"
+
+
+def _check_cached_contents(engine: Engine, runner: FakeRunner) -> None:
+    """I5: contents never change under an entry; its hash follows from its tokens and its parents'."""
+    size = engine.config.block_size
+    holders = [(block.entry.serial, block, block.entry) for block in engine.kv.pool.blocks if block.entry]
+    for serial, block, entry in sorted(holders, key=lambda holder: holder[0]):  # parents before children
+        slots = range(block.id * size, (block.id + 1) * size)
+        contents = [runner.contents[slot] for slot in slots if slot in runner.contents]
+        assert len(contents) == size, f"I5: block {block.id} is cached with {len(contents)} tokens written"
+        if serial in runner.entries:
+            first_seen = runner.entries[serial]
+            assert first_seen == (entry, contents), f"I5: block {block.id} changed while it was cached"
+            continue
+        runner.entries[serial] = entry, contents
+        depth, parent_hash = 0, root_hash(str(entry.parent))
+        if isinstance(entry.parent, int):
+            assert entry.parent in runner.entries, f"I5: block {block.id} continues an unknown entry {entry.parent}"
+            parent, before = runner.entries[entry.parent]
+            depth, parent_hash = before[-1].position + 1, parent.block_hash
+        token_ids = entry.token_ids
+        assert entry.block_hash == kv_manager.chain_hash(parent_hash, token_ids), f"I5: hash of {block.id}"
+        assert tuple(slot.token_id for slot in contents) == token_ids, f"I5: block {block.id} holds other tokens"
+        assert [s.position for s in contents] == list(range(depth, depth + size)), f"I5: positions of {block.id}"
+    for request in engine.scheduler.running:
+        _check_salt(engine, runner, request)
+
+
+def _check_salt(engine: Engine, runner: FakeRunner, request: Request) -> None:
+    """I6: whatever a table shares stands under the request's own salt."""
+    for block_id in request.block_ids:
+        entry = engine.kv.pool.blocks[block_id].entry
+        while entry is not None and isinstance(entry.parent, int):
+            entry, _ = runner.entries[entry.parent]
+        assert entry is None or entry.parent == request.salt, f"I6: {request.id} crossed salts"
