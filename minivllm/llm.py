@@ -59,17 +59,13 @@ class LLM:
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
         self.model_config = _model_config(source, dtype, self.device)
-        if num_blocks is None:
-            num_blocks = _pool_size(self.model_config, block_size, kv_cache_memory, self.device)
-        if num_blocks < 2:
-            raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
+        num_blocks = _pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
         longest = min(self.model_config.max_position, (num_blocks - 1) * block_size)
-        if not enable_chunked_prefill:
-            longest = min(longest, max_num_batched_tokens)
+        longest = longest if enable_chunked_prefill else min(longest, max_num_batched_tokens)
         config = EngineConfig(
             num_blocks=num_blocks,
             block_size=block_size,
-            max_model_len=max_model_len if max_model_len is not None else longest,
+            max_model_len=longest if max_model_len is None else max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
@@ -280,9 +276,15 @@ def _model_config(source: ModelSource, dtype: str, device: str) -> ModelConfig:
     return ModelConfig.from_json(config)
 
 
-def _pool_size(config: ModelConfig, block_size: int, kv_cache_memory: int | None, device: str) -> int:
+def _pool_size(
+    config: ModelConfig, block_size: int, num_blocks: int | None, kv_cache_memory: int | None, device: str
+) -> int:
     if not 1 <= block_size <= 256:
         raise ConfigError(f"block_size must be from 1 to 256, not {block_size}")
+    if num_blocks is not None:
+        if num_blocks < 2:
+            raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
+        return num_blocks
     if kv_cache_memory is None:
         weight_bytes = config.num_parameters * DTYPE_BYTES[config.dtype]
         kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
@@ -295,5 +297,4 @@ def _load_tokenizer(source: ModelSource) -> Tokenizer | None:
         return None
     from transformers import AutoTokenizer  # seconds to import, and models run without it
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.folder)  # type: ignore[assignment]  # decodes batches too
-    return tokenizer
+    return AutoTokenizer.from_pretrained(source.folder)  # type: ignore[return-value]  # it decodes batches too

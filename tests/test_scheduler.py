@@ -209,7 +209,6 @@ def test_recompute_is_not_counted_as_a_hit() -> None:
     [
         ([], 1, "the prompt is empty"),
         ([1] * 40, 1, "shorten the prompt or raise max_model_len"),
-        ([1] * 30, 12, "lower max_tokens or raise kv_cache_memory"),
     ],
 )
 def test_request_that_can_never_fit_is_refused_with_a_reason(prompt: list[int], max_tokens: int, why: str) -> None:
@@ -229,10 +228,12 @@ def test_id_in_use_is_refused_and_its_owner_goes_on() -> None:
     assert steps(engine) == [[("a", 1)], [("a", 1)]]
 
 
-def test_largest_request_that_fits_runs() -> None:
+def test_output_is_cut_to_the_room_that_max_model_len_leaves() -> None:
     engine, _ = fake_engine()
-    engine.add(fake_request("a", [1] * 39, max_tokens=2))
+    request = fake_request("a", [1] * 38, max_tokens=9)
+    engine.add(request)
     assert [len(scheduled) for scheduled in steps(engine)] == [1, 1]
+    assert (request.num_tokens, request.finish_reason) == (40, "length")
 
 
 def test_pool_too_small_for_one_request_is_refused() -> None:

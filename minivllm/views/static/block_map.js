@@ -110,7 +110,7 @@ function grid(model, prefix) {
     const left = 2 + (index % picture.columns) * width;
     const top = 2 + Math.floor(index / picture.columns) * height;
     const nodes = cellNodes(prefix, picture, index, left, top, width - gap, height - gap);
-    put(cells.children[index], { class: `mv-cell mv-${picture.cells[index][0]}${dimmed ? " mv-dimmed" : ""}` }, nodes);
+    put(cells.children[index], { class: `mv-cell${dimmed ? " mv-dimmed" : ""}`, "data-kind": picture.cells[index][0] }, nodes);
   }
   return {
     svg,

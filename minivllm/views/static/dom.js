@@ -11,7 +11,15 @@ function put(node, attributes, children) {
   return node;
 }
 
-const element = (tag, attributes = {}, children) => put(document.createElement(tag), attributes, children);
+// JupyterLab takes the arrow keys of whatever has the focus, unless that very element says no.
+const FOCUSABLE = ["button", "input", "select", "summary"];
+const KEYS = { "data-lm-suppress-shortcuts": "true" };
+
+function element(tag, attributes = {}, children) {
+  const keys = FOCUSABLE.includes(tag) || "tabindex" in attributes ? KEYS : {};
+  return put(document.createElement(tag), { ...keys, ...attributes }, children);
+}
+
 const shape = (tag, attributes = {}, children) => put(document.createElementNS(SVG, tag), attributes, children);
 
 function button(words, label, onClick) {
