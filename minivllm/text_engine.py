@@ -74,6 +74,7 @@ class TextEngine:
         self.vocab_size = vocab_size
         self.seed = seed
         self.lock = threading.RLock()
+        self._turnstile = threading.Lock()  # held while waiting to add or abort: who steps on and on comes after them
         self._generations: dict[str, Generation] = {}  # by the id of each sample's request
         self._numbers = count()
 
@@ -104,7 +105,7 @@ class TextEngine:
     ) -> Generation:
         """Queue a request with its n samples; all or none. Raises RequestError when it could never run."""
         self._check_params(params, priority)
-        with self.lock:
+        with self._turnstile, self.lock:
             number = next(self._numbers)
             request_id = str(number) if request_id is None else request_id
             seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number * 1_009
@@ -127,6 +128,8 @@ class TextEngine:
 
         When the step fails, the generations it ran end with their `error` set; whoever called is not to blame.
         """
+        with self._turnstile:
+            pass
         with self.lock:
             if not self.engine.has_work:
                 return
@@ -152,10 +155,15 @@ class TextEngine:
 
     def abort(self, generation: Generation) -> None:
         """Drop what is left of a request; its blocks are free when this returns."""
-        with self.lock:
-            for sample in generation.samples:
-                self.engine.abort(sample.request.id)
-            self._settle(generation)
+        with self._turnstile, self.lock:
+            self._drop(generation)
+
+    def end(self, request_id: str) -> bool:
+        """Abort by the id of a request; False when none of that id is here."""
+        generation = next((g for g in self._generations.values() if g.request_id == request_id), None)
+        if generation is not None:
+            self.abort(generation)
+        return generation is not None
 
     @property
     def has_work(self) -> bool:
@@ -213,7 +221,12 @@ class TextEngine:
         dropped = self._generations.keys() - self.engine.requests.keys() or self._generations.keys()
         for generation in {self._generations[request_id] for request_id in dropped}:
             generation.error = error
-            self.abort(generation)
+            self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        for sample in generation.samples:
+            self.engine.abort(sample.request.id)
+        self._settle(generation)
 
 
 def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:

@@ -140,7 +140,11 @@ def text_twin(state: PoolState) -> str:
 def provenance(header: Mapping[str, object]) -> str:
     """Live or recorded, and on what."""
     facts = [str(header.get("live", ""))]
-    facts += [f"{key} {header[key]}" for key in ("model", "dtype", "machine", "commit", "seed") if header.get(key) not in (None, "")]
+    facts += [
+        f"{key} {header[key]}"
+        for key in ("model", "dtype", "machine", "commit", "seed")
+        if header.get(key) not in (None, "")
+    ]
     if header.get("command"):
         facts.append(f"made by: {header['command']}")
     return " · ".join(fact for fact in facts if fact)

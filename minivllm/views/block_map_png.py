@@ -48,7 +48,7 @@ def draw_cell(canvas: Canvas, picture: BlockMapPicture, index: int, box: Box) ->
     if cell.kind == "live":
         canvas.box(box, border=NEUTRAL, thickness=min(3, width / 4) if len(owners) > 1 else 0.5)
         if cell.is_cached:
-            size = min(7, width / 2)
+            size = min(10 if len(owners) > 1 else 7, width / 2)
             canvas.triangle(((left + width - size, top), (left + width, top), (left + width, top + size)), NEUTRAL)
     if index == picture["selected"]:
         canvas.box((left - 1, top - 1, width + 2, height + 2), border=SELECTED, thickness=2.5)
@@ -58,8 +58,9 @@ def _draw_header(canvas: Canvas, name: str, cell: Cell, owners: list[Owner], box
     left, top, width, _ = box
     canvas.text(left + 3, top + 1, name, 9)
     letters = "+".join(owner["letter"] for owner in owners)
-    if len(owners) > 1 and width - text_width(letters, 10) < 24:
-        letters = f"×{len(owners)}"
+    if len(owners) > 1:
+        letters += f" ×{len(owners)}"
+        letters = letters if text_width(letters, 10) < width - 26 else f"×{len(owners)}"
     canvas.text(left + width - text_width(letters, 10) - (9 if cell.is_cached else 4), top, letters, 10)
 
 

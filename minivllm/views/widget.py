@@ -85,7 +85,7 @@ class View(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.drawn()['title']})"
 
-    def _repr_mimebundle_(self, **options: dict[str, object]) -> MimeBundle | None:
+    def _repr_mimebundle_(self, **options: dict[str, object]) -> MimeBundle:
         return with_twins(super()._repr_mimebundle_(**options), self.drawn()["text"], self.image())
 
     def _moved(self, control: str, value: object) -> None:
@@ -124,7 +124,7 @@ class Panel(ipywidgets.VBox):
     def __repr__(self) -> str:
         return f"Panel({', '.join(map(repr, self.views))})"
 
-    def _repr_mimebundle_(self, **options: dict[str, object]) -> MimeBundle | None:
+    def _repr_mimebundle_(self, **options: dict[str, object]) -> MimeBundle:
         bundle = super()._repr_mimebundle_(**options)
         pair = (bundle, {}) if isinstance(bundle, dict) else bundle
         text = "\n\n".join(view.drawn()["text"] for view in self.views)
@@ -137,7 +137,7 @@ def in_words(error: Exception) -> str:
     return clipped(" ".join(words.split()), 300)
 
 
-def with_twins(bundle: object, text: str, image: Image.Image) -> MimeBundle | None:
+def with_twins(bundle: object, text: str, image: Image.Image) -> MimeBundle:
     """A widget's bundle with its text and its PNG beside the live view."""
     data = dict(bundle[0]) if isinstance(bundle, tuple) else {}
     data |= {"text/plain": text, "image/png": png_bytes(image)}

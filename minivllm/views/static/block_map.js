@@ -43,11 +43,12 @@ function cellNodes(prefix, picture, index, left, top, width, height) {
     left, top + header, width, height - header,
   );
   if (header) {
-    nodes.push(shape("text", { x: left + 3, y: top + 10, class: "mv-number" }, String(index)));
+    nodes.push(shape("text", { x: left + (who.length > 1 ? 5 : 3), y: top + 11, class: "mv-number" }, String(index)));
     const letters = who.map((o) => o.letter).join("+");
-    const words = who.length > 1 && letters.length * 7 > width - 34 ? `×${who.length}` : letters;
-    const x = left + width - (cached && who.length ? 10 : 4);
-    nodes.push(shape("text", { x, y: top + 10.5, class: "mv-letter" }, words));
+    const both = who.length > 1 ? `${letters} ×${who.length}` : letters;
+    const words = who.length > 1 && both.length * 6.5 > width - 32 ? `×${who.length}` : both;
+    const x = left + width - (cached && who.length ? 12 : 4);
+    nodes.push(shape("text", { x, y: top + 11, class: "mv-letter" }, words));
   }
   if (kind === "live") {
     const border = who.length > 1 ? "mv-shared" : "mv-owned";
@@ -55,7 +56,7 @@ function cellNodes(prefix, picture, index, left, top, width, height) {
     nodes.push(shape("rect", {
       x: left + inset, y: top + inset, width: width - 2 * inset, height: height - 2 * inset, class: border,
     }));
-    const corner = Math.min(8, width / 2);
+    const corner = Math.min(who.length > 1 ? 11 : 8, width / 2);
     if (cached) nodes.push(shape("path", { d: `M${left + width},${top}v${corner}l${-corner},${-corner}z`, class: "mv-ink" }));
   }
   if (index === picture.selected) {

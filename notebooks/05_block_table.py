@@ -1,0 +1,278 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 · What exactly is a block table?
+#
+# A request's K and V look like one long array: position 0, 1, 2 ... In memory they are not. They lie in
+# fixed-size **blocks**, scattered over one pool, and a small list, the **block table**, says which block
+# holds which positions.
+#
+# Everything below is the state of a real engine that runs a real language model. Run the cells in order,
+# and guess before you look.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+
+from minivllm import LLM, SamplingParams
+from minivllm.engine.kv_manager import blocks_needed, slot_of
+from minivllm.events import Trace
+from minivllm.views.block_map import BlockMap
+from minivllm.views.block_table import BlockTable, SlotBytes
+from minivllm.views.engine_buttons import EngineButtons
+from minivllm.views.widget import Panel
+
+# %% [markdown]
+# A pool small enough to see: 23 blocks of 8 tokens. Block 0 is the **null block**: nobody owns it, it only
+# pads tables to equal length.
+
+# %%
+llm = LLM("smollm2-135m", dtype="float32", block_size=8, num_blocks=24, show_progress=False)
+text_engine, pool = llm.text_engine, llm.engine.kv.pool
+print(f"{pool.num_usable} blocks x {llm.config.block_size} tokens = {llm.config.capacity_tokens} tokens")
+llm.generate(
+    ["Once", "Twice", "Three times"], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), use_tqdm=False
+)
+llm.reset_prefix_cache()  # a pool that has worked before: its free list is no longer in order
+print(f"one token: {llm.trace_header()['kv_bytes_per_token']:,} bytes of K and V, over all 30 layers, in fp32")
+
+# %% [markdown]
+# ## 1. How many blocks?
+#
+# The first prompt has 21 tokens. How many blocks of 8 does it take, and how many slots stay empty?
+
+# %%
+my_blocks, my_empty_slots = 3, 3  # your guess
+
+# %%
+PROMPT = "The block table of a request is a list of numbers. Each number names one block"
+greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+trace = Trace(llm.trace_header())
+llm.events.listen(trace)  # every view below draws these events, and nothing else
+
+first = text_engine.add(text_engine.check(PROMPT + " of the pool."), greedy, request_id="first")
+text_engine.step()
+request = first.samples[0].request
+num_tokens, num_blocks = request.num_computed, len(request.block_ids)
+print(f"{num_tokens} tokens stored in {num_blocks} blocks: {request.block_ids}")
+print(f"empty slots: {num_blocks * 8 - num_tokens}")
+assert num_blocks == blocks_needed(num_tokens, 8) == -(-num_tokens // 8)
+
+# %% [markdown]
+# The waste is only ever in the **last** block, so it is below one block per request, however long it grows.
+#
+# ## 2. Follow one token to its bytes
+#
+# Click a token. The chain under it reads: position → logical block and offset → the table's entry → slot →
+# the byte in the layer's K tensor, and the numbers that stand there.
+
+
+# %%
+def read_slot(layer: int, slot: int) -> SlotBytes:
+    """The bytes behind a slot, from the live tensors."""
+    k, v = llm.storage.slot(layer, slot)
+    start = llm.storage.layers[layer].k.data_ptr()
+    offset, head_bytes = k.data_ptr() - start, k.stride(0) * k.itemsize
+    return SlotBytes(offset, k.data_ptr(), head_bytes, head_bytes, *(tuple(map(tuple, x.tolist())) for x in (k, v)))
+
+
+def token_texts(request_id: str) -> list[str]:
+    """What the tokens of a request say."""
+    known = [*text_engine.engine.requests.values(), request]
+    token_ids = next((r.token_ids for r in known if r.id == request_id), [])
+    return [llm.tokenizer.decode([token_id]) for token_id in token_ids]
+
+
+# %%
+block_map = BlockMap.follow(llm.events, llm.trace_header(), past=trace.events)
+block_table = BlockTable(block_map, token_texts, read_slot)
+Panel(block_map, block_table)
+
+# %% [markdown]
+# The same walk by hand, for position 19. No view, no engine: one division.
+
+# %%
+position, block_size = 19, 8
+logical_block, offset = divmod(position, block_size)
+physical_block = request.block_ids[logical_block]
+slot = physical_block * block_size + offset
+print(f"position {position} -> logical block {logical_block}, offset {offset}")
+print(f"table[{logical_block}] = {physical_block} -> slot {physical_block} x {block_size} + {offset} = {slot}")
+assert slot == slot_of(position, request.block_ids, block_size)
+
+# %% [markdown]
+# And is that where the bytes are? Read the pool's memory as one flat array, jump to the slot, and compare with
+# what the engine says it stored.
+
+# %%
+layer_k = llm.storage.layers[0].k  # [num_blocks, block_size, num_kv_heads, head_size]
+flat = layer_k.numpy().reshape(-1)
+values_per_slot = 3 * 64  # KV heads x head size
+from_memory = flat[slot * values_per_slot :][:values_per_slot]
+assert np.array_equal(from_memory, layer_k[physical_block, offset].numpy().reshape(-1))
+assert np.abs(from_memory).max() > 0
+byte = slot * values_per_slot * 4
+print(
+    f"byte {byte:,} of layer 0's K: {values_per_slot} values of 4 bytes each, and the same in V and in 29 more layers"
+)
+
+# %% [markdown]
+# ## 3. Growing, one block at a time
+#
+# Each step stores one more token. On most steps the table does not change. When does it?
+
+# %%
+lengths = []
+for _ in range(12):
+    lengths.append((request.num_computed, len(request.block_ids)))
+    text_engine.step()
+print("tokens stored, blocks:", lengths)
+assert all(blocks == blocks_needed(tokens, 8) for tokens, blocks in lengths)
+
+# %% [markdown]
+# ## 4. A second request: same opening, same blocks
+#
+# The next prompt starts with the same 16 tokens. Which of its blocks are new?
+
+# %%
+second = text_engine.add(text_engine.check(PROMPT + ", and two tables may name the same."), greedy, request_id="second")
+text_engine.step()
+table_1, table_2 = request.block_ids, second.samples[0].request.block_ids
+shared = [block_id for block_id in table_2 if block_id in table_1]
+print("first :", table_1)
+print("second:", table_2)
+print("shared:", shared, "with reference counts", [pool.blocks[block_id].ref_count for block_id in shared])
+assert shared == table_1[: len(shared)] and len(shared) == 2
+
+# %% [markdown]
+# Two tables, one copy: **full** blocks with equal tokens before them are shared. A shared block is never written
+# again, so nobody can disturb anybody.
+#
+# ## 5. Finish, and the blocks come back
+#
+# The first request ends. What happens to the shared blocks? And where will a third request live?
+
+# %%
+private = [block_id for block_id in table_1 if block_id not in shared]
+num_free_before = pool.num_free
+text_engine.abort(first)
+print(f"free blocks: {num_free_before} -> {pool.num_free}; shared blocks are still in use:",
+      [pool.blocks[block_id].ref_count for block_id in shared])  # fmt: skip
+assert pool.num_free == num_free_before + len(private)
+
+# %%
+third = text_engine.add(
+    text_engine.check("One, two, three, four, five, six, seven, eight, nine"), greedy, request_id="third"
+)
+for _ in range(3):
+    text_engine.step()
+table_3 = third.samples[0].request.block_ids
+print("third:", table_3)
+assert set(table_3) & set(private)  # blocks that the first request owned
+Panel(BlockMap.replay(trace))
+
+# %% [markdown]
+# That picture is a **replay**: drag the step slider, or press play. It is drawn from the recorded events by the
+# same code as the live map. A saved file does as well:
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = trace.save(Path(folder) / "run.json")
+    loaded = Trace.load(path)
+print(f"{len(loaded)} events of {loaded.last_step} steps")
+assert loaded.events == trace.events and loaded.state_hashes() == trace.state_hashes()
+
+# %% [markdown]
+# ## 6. Drive it yourself
+#
+# Type a prompt, add it, take a step, let one finish. The map and the table above follow; so does this one.
+
+
+# %%
+def add(prompt: str) -> str:
+    generation = text_engine.add(text_engine.check(prompt), greedy)
+    return f"request {generation.request_id} waits with {len(generation.prompt.token_ids)} tokens"
+
+
+def step(_: str) -> str:
+    text_engine.step()
+    running = llm.engine.scheduler.running
+    return ", ".join(f"{r.id}: {r.num_computed} tokens in {len(r.block_ids)} blocks" for r in running) or "idle"
+
+
+def finish(_: str) -> str:
+    for request_id in list(llm.engine.requests)[:1]:
+        text_engine.end(request_id)
+        return f"request {request_id} finished: {pool.num_free} blocks are free"
+    return "nothing runs"
+
+
+buttons = EngineButtons({"add": add, "one step": step, "finish the oldest": finish}, field="Paris is the capital of")
+live_map = BlockMap.follow(llm.events, llm.trace_header(), past=trace.events)
+Panel(buttons, live_map, BlockTable(live_map, token_texts, read_slot))
+
+# %% [markdown]
+# ## 7. Which block size?
+#
+# Small blocks waste little and make long tables; large ones the reverse. Here are the same three prompts at five
+# sizes: slots that were taken and never filled, at the end of the run.
+
+# %%
+sizes, num_blocks_used, num_empty = [1, 4, 16, 64, 256], [], []
+prompts = [list(range(100, 100 + n)) for n in (21, 70, 130)]
+for size in sizes:
+    small = LLM("smollm2-135m", load_format="dummy", block_size=size, num_blocks=1 + 768 // size, show_progress=False)
+    for prompt in prompts:
+        small.text_engine.add(small.text_engine.check(prompt), greedy)
+    small.text_engine.step()
+    tables = [(r.num_computed, len(r.block_ids)) for r in small.engine.scheduler.running]
+    num_blocks_used.append(sum(blocks for _, blocks in tables))
+    num_empty.append(sum(blocks * size - tokens for tokens, blocks in tables))
+print("block size   ", sizes)
+print("table entries", num_blocks_used)
+print("empty slots  ", num_empty)
+assert num_empty[0] == 0 and all(empty < 3 * size for size, empty in zip(sizes, num_empty, strict=True))
+
+# %%
+figure = go.Figure(layout={"template": "none", "width": 640, "height": 300, "yaxis": {"title": "slots", "type": "log"}})
+figure.add_bar(x=[str(size) for size in sizes], y=num_empty, name="empty slots", marker={"color": "#D55E00"})
+figure.add_bar(x=[str(size) for size in sizes], y=num_blocks_used, name="table entries", marker={"color": "#0072B2"})
+figure.update_layout(title="Larger blocks: shorter tables, more empty slots", xaxis={"title": "block size (tokens)"})
+figure
+
+# %% [markdown]
+# ## Where the analogy with an operating system holds, and where it breaks
+#
+# | operating system | here |
+# |---|---|
+# | page, frame | logical block, physical block |
+# | page table, one per process | block table, one per request (one for all layers and heads) |
+# | byte in a page | token in a block |
+# | shared pages, reference counts | shared prefixes, reference counts |
+# | page fault: load on access | **none**: every block of a running request is in memory |
+# | evicts any page | evicts a whole request (preemption), or free cached blocks |
+# | hardware walks the table | the kernel reads the table: software translation |
+#
+# **Not true:** "paging swaps to the CPU" · "each layer and head has a table" · "K and V of a request must be
+# contiguous somewhere".
+#
+# Read it in the engine: [`slot_of`](../minivllm/engine/kv_manager.py) translates,
+# [`BlockPool`](../minivllm/engine/block_pool.py) owns the free list,
+# [`KVManager.grow`](../minivllm/engine/kv_manager.py) extends a table.
+#
+# **Say it out loud, in 60 seconds:** what does a block table map, who owns the blocks, and what did *not* change
+# about attention?
+
+# %%
+for request_id in list(llm.engine.requests):
+    text_engine.end(request_id)
+assert pool.num_free == pool.num_usable  # nothing leaked
