@@ -44,6 +44,7 @@ lint: $(STAMP)
 	@echo '== Style: ruff =='
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m minivllm.course.author check
 	@echo '== Types: mypy =='
 	@$(BIN)/python -m mypy
 

@@ -192,7 +192,7 @@ class LLM:
             for generation in generations:
                 if not generation.is_finished:
                     self.text_engine.abort(generation)
-        return [_result(generation) for generation in generations]
+        return [self.text_engine.result(generation) for generation in generations]
 
     def _stream(self, prompt: Checked, params: SamplingParams) -> Iterator[RequestOutput]:
         generation, num_shown, is_last = None, 0, False
@@ -200,10 +200,10 @@ class LLM:
             with held_interrupts():
                 generation = self.text_engine.add(prompt, params)
             while not is_last:
-                with held_interrupts(), self.text_engine.lock:
+                with held_interrupts():
                     if not generation.is_finished:  # another thread may have stepped it to its end
                         self.text_engine.step()
-                    output = _result(generation)
+                    output = self.text_engine.result(generation)
                 num_tokens, is_last = sum(len(sample.token_ids) for sample in output.outputs), output.finished
                 if num_tokens > num_shown or is_last:
                     num_shown = num_tokens
@@ -249,12 +249,6 @@ def _per_prompt(params: Params, num_prompts: int) -> list[SamplingParams]:
     raise RequestError(f"sampling_params must be SamplingParams or a list of them, not {type(params).__name__}")
 
 
-def _result(generation: Generation) -> RequestOutput:
-    if generation.error:
-        raise generation.error
-    return generation.output()
-
-
 def _show_progress(bar: tqdm, generations: list[Generation]) -> None:
     num_finished = sum(g.is_finished for g in generations)
     if num_finished == bar.n or bar.disable:
@@ -297,4 +291,4 @@ def _load_tokenizer(source: ModelSource) -> Tokenizer | None:
         return None
     from transformers import AutoTokenizer  # seconds to import, and models run without it
 
-    return AutoTokenizer.from_pretrained(source.folder)  # type: ignore[return-value]  # it decodes batches too
+    return AutoTokenizer.from_pretrained(source.folder)  # it decodes batches too

@@ -11,6 +11,7 @@ from itertools import count
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import TokenLogprobs
 from minivllm.errors import RequestError
+from minivllm.interrupts import held_interrupts
 from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs
 from minivllm.request import Request, SamplingParams
 
@@ -64,6 +65,28 @@ class Generation:
         )
 
 
+class FairLock:
+    """A reentrant lock: who lets go and comes straight back, as a thread that steps does, queues behind who waits."""
+
+    def __init__(self) -> None:
+        self._turnstile, self._lock = threading.Lock(), threading.Lock()
+        self._owner: int | None = None  # ident of the thread inside
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if self._owner != threading.get_ident():
+            with self._turnstile:
+                self._lock.acquire()
+            self._owner = threading.get_ident()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._owner = None
+            self._lock.release()
+
+
 class TextEngine:
     """The engine with a tokenizer at its door."""
 
@@ -73,8 +96,7 @@ class TextEngine:
         self.model = model
         self.vocab_size = vocab_size
         self.seed = seed
-        self.lock = threading.RLock()
-        self._turnstile = threading.Lock()  # held while waiting to add or abort: who steps on and on comes after them
+        self.lock = FairLock()
         self._generations: dict[str, Generation] = {}  # by the id of each sample's request
         self._numbers = count()
 
@@ -105,7 +127,7 @@ class TextEngine:
     ) -> Generation:
         """Queue a request with its n samples; all or none. Raises RequestError when it could never run."""
         self._check_params(params, priority)
-        with self._turnstile, self.lock:
+        with self.lock:
             number = next(self._numbers)
             request_id = str(number) if request_id is None else request_id
             seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number * 1_009
@@ -128,8 +150,6 @@ class TextEngine:
 
         When the step fails, the generations it ran end with their `error` set; whoever called is not to blame.
         """
-        with self._turnstile:
-            pass
         with self.lock:
             if not self.engine.has_work:
                 return
@@ -155,15 +175,24 @@ class TextEngine:
 
     def abort(self, generation: Generation) -> None:
         """Drop what is left of a request; its blocks are free when this returns."""
-        with self._turnstile, self.lock:
-            self._drop(generation)
+        with held_interrupts(), self.lock:
+            for sample in generation.samples:
+                self.engine.abort(sample.request.id)
+            self._settle(generation)
 
     def end(self, request_id: str) -> bool:
         """Abort by the id of a request; False when none of that id is here."""
-        generation = next((g for g in self._generations.values() if g.request_id == request_id), None)
+        generation = next((g for g in list(self._generations.values()) if g.request_id == request_id), None)
         if generation is not None:
             self.abort(generation)
         return generation is not None
+
+    def result(self, generation: Generation) -> RequestOutput:
+        """How a request stands. Raises the error that ended it, if one did."""
+        with held_interrupts(), self.lock:
+            if generation.error:
+                raise generation.error
+            return generation.output()
 
     @property
     def has_work(self) -> bool:
@@ -221,12 +250,7 @@ class TextEngine:
         dropped = self._generations.keys() - self.engine.requests.keys() or self._generations.keys()
         for generation in {self._generations[request_id] for request_id in dropped}:
             generation.error = error
-            self._drop(generation)
-
-    def _drop(self, generation: Generation) -> None:
-        for sample in generation.samples:
-            self.engine.abort(sample.request.id)
-        self._settle(generation)
+            self.abort(generation)
 
 
 def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:

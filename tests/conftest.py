@@ -46,6 +46,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _cpu_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run on the CPU, on machines with a GPU too, unless they are marked gpu."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
 @pytest.fixture(scope="session")
 def reference_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, PreTrainedModel]]:
     """Build a family's small random model once; give its folder and transformers' own instance in fp32."""

@@ -76,3 +76,15 @@ def test_64_prompts_together_give_the_tokens_of_each_alone(
             assert output.outputs[0].token_ids == expected
             num_sure += 1
     assert num_sure >= 50
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_on_the_gpu_equal_those_on_the_cpu(family: str, reference_model: Build) -> None:
+    folder, model = reference_model(family)
+    llm = LLM(folder, dtype="float32", num_blocks=800, max_num_batched_tokens=50, device="cuda")
+    prompts = mixed_prompts(32, 60)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected, gap = greedy(model, prompt, 12)
+        assert gap < 1e-3 or output.outputs[0].token_ids == expected

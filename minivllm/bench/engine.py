@@ -12,13 +12,17 @@ from random import Random
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from minivllm.bench.rivals import load_rival, run_continuous, run_generate
+from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError
 from minivllm.events import StepRan, Trace
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
-from minivllm.request import SamplingParams
+from minivllm.request import Request, SamplingParams
+from minivllm.runner.batch import build_batch
+from minivllm.weights import find_model
 
 Row = dict[str, object]
 NUM_NEW = 64
@@ -62,8 +66,7 @@ def bench_decode(args: argparse.Namespace) -> list[Row]:
             {
                 **{f"ours {k}": _ours(llm, prompts, n) for k, n in lengths.items()},
                 **{f"generate {k}": _rival(rival, prompts, n, num_seqs) for k, n in lengths.items()},
-                "continuous first": lambda p=prompts, n=lengths["first"]: run_continuous(rival, p, n, 2048),
-                "continuous all": lambda p=prompts, n=lengths["all"]: run_continuous(rival, p, n, 2048),
+                **{f"continuous {k}": _continuous(rival, prompts, n) for k, n in lengths.items()},
             },
         )  # fmt: skip
         speeds = {
@@ -87,7 +90,7 @@ def bench_mixed(args: argparse.Namespace) -> list[Row]:
             "generate batch 8": _rival(rival, prompts, num_new, 8),
             "generate batch 16": _rival(rival, prompts, num_new, 16),
             "generate batch 32": _rival(rival, prompts, num_new, 32),
-            "continuous": lambda: run_continuous(rival, prompts, num_new, 2048),
+            "continuous": _continuous(rival, prompts, num_new),
         },
     )  # fmt: skip
     speeds = {who: sum(num_new) / seconds for who, seconds in best.items()}
@@ -148,10 +151,6 @@ def bench_overhead(args: argparse.Namespace) -> list[Row]:
 
 def _time_batches(llm: LLM) -> float:
     """Milliseconds to turn a 16-request decode plan into tensors."""
-    from minivllm.engine.plan import StepPlan
-    from minivllm.request import Request
-    from minivllm.runner.batch import build_batch
-
     requests = [
         Request(str(i), [0] * 200, 199, SamplingParams(), 1, num_computed=199, block_ids=list(range(1, 14)))
         for i in range(16)
@@ -176,8 +175,6 @@ def _engine(args: argparse.Namespace, enable_prefix_caching: bool) -> LLM:
 
 
 def _folder(llm: LLM) -> Path:
-    from minivllm.weights import find_model
-
     folder = find_model(llm.model).folder
     assert folder is not None, "a benchmark beside transformers needs weights on disk"
     return folder
@@ -201,8 +198,14 @@ def _ours(llm: LLM, prompts: list[list[int]], num_new: Sequence[int]) -> Callabl
     return run
 
 
-def _rival(model: object, prompts: list[list[int]], num_new: Sequence[int], batch_size: int) -> Callable[[], float]:
-    return lambda: run_generate(model, prompts, num_new, batch_size)  # type: ignore[arg-type]
+def _rival(
+    model: PreTrainedModel, prompts: list[list[int]], num_new: Sequence[int], batch_size: int
+) -> Callable[[], float]:
+    return lambda: run_generate(model, prompts, num_new, batch_size)
+
+
+def _continuous(model: PreTrainedModel, prompts: list[list[int]], num_new: Sequence[int]) -> Callable[[], float]:
+    return lambda: run_continuous(model, prompts, num_new, budget=2048)
 
 
 def _interleave(title: str, repeats: int, runs: dict[str, Callable[[], float]]) -> dict[str, float]:

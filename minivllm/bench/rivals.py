@@ -12,7 +12,6 @@ Prompts = Sequence[Sequence[int]]
 
 def load_rival(folder: Path, dtype: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    assert isinstance(model, PreTrainedModel)
     return model.eval()
 
 

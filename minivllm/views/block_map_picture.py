@@ -145,7 +145,7 @@ def provenance(header: Mapping[str, object]) -> str:
         for key in ("model", "dtype", "machine", "commit", "seed")
         if header.get(key) not in (None, "")
     ]
-    if header.get("command"):
+    if header.get("command") and header.get("live") != "live":
         facts.append(f"made by: {header['command']}")
     return " · ".join(fact for fact in facts if fact)
 

@@ -34,7 +34,7 @@ class LiveSource:
     def __init__(
         self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event], wake: Callable[[], None]
     ) -> None:
-        self.header = header
+        self.header = {**header, "live": "live"}
         self._fold = PoolFold(header)
         self._arrived: deque[Event] = deque(past)
         self._wake = wake

@@ -1,7 +1,6 @@
 // W1: draws a BlockMapPicture. One <g> for each block, redrawn only when what it shows changed.
 
 const HEADER = 13; // px of a cell that carries text
-let numMaps = 0;
 
 function patterns(prefix, colours) {
   const hatch = (id, ink) =>
@@ -200,7 +199,8 @@ function ownerButtons(model, picture) {
 }
 
 function render({ model, el }) {
-  const prefix = `mv${(numMaps += 1)}`;
+  // Ids are the page's, and each widget loads this file anew: a counter would give every map the same ones.
+  const prefix = `mv-${Math.random().toString(36).slice(2)}`;
   const title = element("div", { class: "mv-title" });
   const map = grid(model, prefix);
   const steps = stepper(model);
