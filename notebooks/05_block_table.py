@@ -194,31 +194,45 @@ assert loaded.events == trace.events and loaded.state_hashes() == trace.state_ha
 # %% [markdown]
 # ## 6. Drive it yourself
 #
-# Type a prompt, add it, take a step, let one finish. The map and the table above follow; so does this one.
+# Type a prompt, add it, take a step, let one finish. Move the slider to start over with another block size.
 
 
 # %%
+class Room:
+    """The engine behind the buttons: the one above, until the slider asks for another."""
+
+    engine = text_engine
+
+
 def add(prompt: str) -> str:
-    generation = text_engine.add(text_engine.check(prompt), greedy)
+    generation = Room.engine.add(Room.engine.check(prompt), greedy)
     return f"request {generation.request_id} waits with {len(generation.prompt.token_ids)} tokens"
 
 
 def step(_: str) -> str:
-    text_engine.step()
-    running = llm.engine.scheduler.running
+    Room.engine.step()
+    running = Room.engine.engine.scheduler.running
     return ", ".join(f"{r.id}: {r.num_computed} tokens in {len(r.block_ids)} blocks" for r in running) or "idle"
 
 
 def finish(_: str) -> str:
-    for request_id in list(llm.engine.requests)[:1]:
-        text_engine.end(request_id)
-        return f"request {request_id} finished: {pool.num_free} blocks are free"
-    return "nothing runs"
+    oldest = next(iter(Room.engine.engine.requests), None)
+    return f"request {oldest} finished" if oldest and Room.engine.end(oldest) else "nothing runs"
 
 
-buttons = EngineButtons({"add": add, "one step": step, "finish the oldest": finish}, field="Paris is the capital of")
+def restart(size: str) -> str:
+    other = LLM(
+        "smollm2-135m", dtype="float32", block_size=int(size), num_blocks=1 + 184 // int(size), show_progress=False
+    )
+    Room.engine = other.text_engine
+    live_map.watch(other.events, other.trace_header())
+    return f"a new pool: {other.engine.kv.pool.num_usable} blocks of {size}; add a request"
+
+
+actions = {"add": add, "one step": step, "finish the oldest": finish, "block size": restart}
 live_map = BlockMap.follow(llm.events, llm.trace_header(), past=trace.events)
-Panel(buttons, live_map, BlockTable(live_map, token_texts, read_slot))
+buttons = EngineButtons(actions, "Paris is the capital of", slider=("block size", [1, 2, 4, 8, 16, 32], 8))
+Panel(buttons, live_map)
 
 # %% [markdown]
 # ## 7. Which block size?
@@ -243,7 +257,7 @@ print("empty slots  ", num_empty)
 assert num_empty[0] == 0 and all(empty < 3 * size for size, empty in zip(sizes, num_empty, strict=True))
 
 # %%
-figure = go.Figure(layout={"template": "none", "width": 640, "height": 300, "yaxis": {"title": "slots", "type": "log"}})
+figure = go.Figure(layout={"template": "none", "width": 640, "height": 300, "yaxis": {"title": "slots, entries"}})
 figure.add_bar(x=[str(size) for size in sizes], y=num_empty, name="empty slots", marker={"color": "#D55E00"})
 figure.add_bar(x=[str(size) for size in sizes], y=num_blocks_used, name="table entries", marker={"color": "#0072B2"})
 figure.update_layout(title="Larger blocks: shorter tables, more empty slots", xaxis={"title": "block size (tokens)"})

@@ -52,6 +52,13 @@ class BlockMap(View):
         """Draw a recorded run, at any of its steps."""
         return BlockMap(lambda wake: TraceSource(trace))
 
+    def watch(self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event] = ()) -> None:
+        """Turn to another engine: a new one, of another block size."""
+        self.source.stop()
+        self._controls = Controls()
+        self.source = LiveSource(bus, header, past, self.refresh)
+        self.refresh()
+
     @property
     def state(self) -> PoolState:
         return self.source.state()
