@@ -183,6 +183,13 @@ def _dtype_name(config: Json) -> str:
     return name if name in DTYPES else "bfloat16"
 
 
+def require_integers(**options: object) -> None:
+    """Refuse options that are neither integers nor None."""
+    for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{name} must be an integer, not {value!r}")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Every decision of the scheduler and the KV manager that a user may set."""

@@ -1,6 +1,5 @@
 """LLM: load a model, give it prompts, get text; vLLM's names throughout."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,20 +7,21 @@ from pathlib import Path
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from minivllm.config import DTYPE_BYTES, DTYPES, EngineConfig, ModelConfig
+from minivllm.config import EngineConfig, require_integers
+from minivllm.defaults import load_tokenizer, longest_request, pool_size, read_model_config
 from minivllm.engine.engine import Engine
-from minivllm.errors import ConfigError, ModelError, RequestError
+from minivllm.errors import ModelError, RequestError
 from minivllm.events import EventBus, Trace
 from minivllm.interrupts import held_interrupts
 from minivllm.outputs import RequestOutput, Tokenizer
 from minivllm.provenance import provenance
 from minivllm.request import SamplingParams
-from minivllm.runner.device import choose_device, choose_dtype, default_kv_cache_memory
-from minivllm.runner.kv_storage import KVStorage, block_bytes, blocks_in
+from minivllm.runner.device import choose_device
+from minivllm.runner.kv_storage import KVStorage, block_bytes
 from minivllm.runner.loader import build_model
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.text_engine import Checked, Generation, Prompt, TextEngine
-from minivllm.weights import ModelSource, find_model
+from minivllm.weights import find_model
 
 Message = Mapping[str, str]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -55,17 +55,21 @@ class LLM:
         device: str = "auto",
         show_progress: bool = True,
     ) -> None:
+        require_integers(
+            max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks, kv_cache_memory=kv_cache_memory,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed,
+        )  # fmt: skip
         source = find_model(model, load_format, show_progress)
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
-        self.model_config = _model_config(source, dtype, self.device)
-        num_blocks = _pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
-        longest = min(self.model_config.max_position, (num_blocks - 1) * block_size)
+        self.model_config = read_model_config(source, dtype, self.device)
+        num_blocks = pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
+        longest = (num_blocks - 1) * block_size
         longest = longest if enable_chunked_prefill else min(longest, max_num_batched_tokens)
         config = EngineConfig(
             num_blocks=num_blocks,
             block_size=block_size,
-            max_model_len=longest if max_model_len is None else max_model_len,
+            max_model_len=longest_request(self.model_config, max_model_len, longest),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
@@ -74,10 +78,7 @@ class LLM:
             watermark=watermark,
             eos_token_ids=self.model_config.eos_token_ids,
         )
-        if config.max_model_len > self.model_config.max_position:
-            most = self.model_config.max_position
-            raise ConfigError(f"max_model_len {max_model_len} is beyond the {most} positions of {model}; lower it")
-        self.tokenizer = _load_tokenizer(source)
+        self.tokenizer = load_tokenizer(source)
         built = build_model(self.model_config, source.weight_files if load_format == "auto" else [], seed, self.device)
         self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device)
         self.runner = ModelRunner(built, self.model_config, self.storage, self.device)
@@ -258,37 +259,3 @@ def _show_progress(bar: tqdm, generations: list[Generation]) -> None:
     num_out = sum(sample.request.num_output for g in generations for sample in g.samples)
     bar.set_postfix_str(f"in {num_in / elapsed_s:.0f}, out {num_out / elapsed_s:.0f} tokens/s", refresh=False)
     bar.update(num_finished - bar.n)
-
-
-def _model_config(source: ModelSource, dtype: str, device: str) -> ModelConfig:
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
-    config = {**source.config, "dtype": choose_dtype(device) if dtype == "auto" else dtype}
-    generation = (source.folder or Path()) / "generation_config.json"
-    if source.folder and generation.is_file():  # Llama 3 lists its ends of turn only there
-        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
-    return ModelConfig.from_json(config)
-
-
-def _pool_size(
-    config: ModelConfig, block_size: int, num_blocks: int | None, kv_cache_memory: int | None, device: str
-) -> int:
-    if not 1 <= block_size <= 256:
-        raise ConfigError(f"block_size must be from 1 to 256, not {block_size}")
-    if num_blocks is not None:
-        if num_blocks < 2:
-            raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
-        return num_blocks
-    if kv_cache_memory is None:
-        weight_bytes = config.num_parameters * DTYPE_BYTES[config.dtype]
-        kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
-    most = config.max_position * 1024  # a thousand requests of full length: more would never be used
-    return min(blocks_in(kv_cache_memory, config, block_size), 1 + most // block_size)
-
-
-def _load_tokenizer(source: ModelSource) -> Tokenizer | None:
-    if source.folder is None or not source.has_tokenizer:
-        return None
-    from transformers import AutoTokenizer  # seconds to import, and models run without it
-
-    return AutoTokenizer.from_pretrained(source.folder)  # it decodes batches too

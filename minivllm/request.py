@@ -8,6 +8,8 @@ from enum import Enum
 
 from minivllm.errors import ConfigError
 
+MAX_SAMPLES = 16384  # of one request; vLLM's own limit
+
 
 class Status(Enum):
     WAITING = "waiting"
@@ -51,6 +53,8 @@ class SamplingParams:
         _real("top_p", self.top_p, 0, 1, "above 0 and at most 1")
         _real("min_p", self.min_p, 0, 1, closed=True)
         _whole("n", self.n, 1)
+        if self.n > MAX_SAMPLES:
+            raise ConfigError(f"n must be at most {MAX_SAMPLES}, not {self.n}")
         _whole("top_k", self.top_k, -1)
         _whole("min_tokens", self.min_tokens, 0)
         for name, least in (("seed", -(2**63)), ("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):

@@ -77,17 +77,17 @@ assert num_blocks == blocks_needed(num_tokens, 8) == -(-num_tokens // 8)
 
 
 # %%
-def read_slot(layer: int, slot: int) -> SlotBytes:
+def read_slot(layer: int, slot: int, of: LLM = llm) -> SlotBytes:
     """The bytes behind a slot, from the live tensors."""
-    k, v = llm.storage.slot(layer, slot)
-    start = llm.storage.layers[layer].k.data_ptr()
+    k, v = of.storage.slot(layer, slot)
+    start = of.storage.layers[layer].k.data_ptr()
     offset, head_bytes = k.data_ptr() - start, k.stride(0) * k.itemsize
     return SlotBytes(offset, k.data_ptr(), head_bytes, head_bytes, *(tuple(map(tuple, x.tolist())) for x in (k, v)))
 
 
-def token_texts(request_id: str) -> list[str]:
+def token_texts(request_id: str, of: LLM = llm) -> list[str]:
     """What the tokens of a request say."""
-    known = [*text_engine.engine.requests.values(), request]
+    known = [*of.engine.requests.values(), request]
     token_ids = next((r.token_ids for r in known if r.id == request_id), [])
     return [llm.tokenizer.decode([token_id]) for token_id in token_ids]
 
@@ -199,40 +199,41 @@ assert loaded.events == trace.events and loaded.state_hashes() == trace.state_ha
 
 # %%
 class Room:
-    """The engine behind the buttons: the one above, until the slider asks for another."""
+    """The LLM behind the buttons: the one above, until the slider asks for another."""
 
-    engine = text_engine
+    llm = llm
 
 
 def add(prompt: str) -> str:
-    generation = Room.engine.add(Room.engine.check(prompt), greedy)
+    generation = Room.llm.text_engine.add(Room.llm.text_engine.check(prompt), greedy)
     return f"request {generation.request_id} waits with {len(generation.prompt.token_ids)} tokens"
 
 
 def step(_: str) -> str:
-    Room.engine.step()
-    running = Room.engine.engine.scheduler.running
+    Room.llm.text_engine.step()
+    running = Room.llm.engine.scheduler.running
     return ", ".join(f"{r.id}: {r.num_computed} tokens in {len(r.block_ids)} blocks" for r in running) or "idle"
 
 
 def finish(_: str) -> str:
-    oldest = next(iter(Room.engine.engine.requests), None)
-    return f"request {oldest} finished" if oldest and Room.engine.end(oldest) else "nothing runs"
+    oldest = next(iter(Room.llm.engine.requests), None)
+    return f"request {oldest} finished" if oldest and Room.llm.text_engine.end(oldest) else "nothing runs"
 
 
 def restart(size: str) -> str:
-    other = LLM(
-        "smollm2-135m", dtype="float32", block_size=int(size), num_blocks=1 + 184 // int(size), show_progress=False
-    )
-    Room.engine = other.text_engine
-    live_map.watch(other.events, other.trace_header())
-    return f"a new pool: {other.engine.kv.pool.num_usable} blocks of {size}; add a request"
+    num_blocks = 1 + 184 // int(size)
+    Room.llm = LLM("smollm2-135m", dtype="float32", block_size=int(size), num_blocks=num_blocks, show_progress=False)
+    live_map.watch(Room.llm.events, Room.llm.trace_header())
+    return f"a new pool: {num_blocks - 1} blocks of {size}; add a request"
 
 
 actions = {"add": add, "one step": step, "finish the oldest": finish, "block size": restart}
 live_map = BlockMap.follow(llm.events, llm.trace_header(), past=trace.events)
+live_table = BlockTable(
+    live_map, lambda id_: token_texts(id_, Room.llm), lambda layer, slot: read_slot(layer, slot, Room.llm)
+)
 buttons = EngineButtons(actions, "Paris is the capital of", slider=("block size", [1, 2, 4, 8, 16, 32], 8))
-Panel(buttons, live_map)
+Panel(buttons, live_map, live_table)
 
 # %% [markdown]
 # ## 7. Which block size?

@@ -563,3 +563,10 @@ def test_n_samples_that_end_at_different_times_survive_a_failure_of_others(
         llm.text_engine.step()
     assert [generation.error is None for generation in generations] == [True, False]
     assert {sample.finish_reason for sample in generations[0].output().outputs} == {"length"}
+
+
+@pytest.mark.parametrize("option", ["block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "seed"])
+@pytest.mark.parametrize("value", ["16", 1.5, True])
+def test_engine_options_of_a_wrong_type_get_one_line(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{option} must be an integer, not [^\n]+$"):
+        LLM("smollm2-135m", load_format="dummy", **{option: value})  # type: ignore[arg-type]

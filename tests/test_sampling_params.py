@@ -97,3 +97,8 @@ def test_defaults_are_those_of_vllm() -> None:
     params = SamplingParams()
     assert (params.n, params.temperature, params.top_p, params.top_k, params.max_tokens) == (1, 1.0, 1.0, 0, 16)
     assert (params.min_p, params.repetition_penalty, params.logprobs, params.detokenize) == (0.0, 1.0, None, True)
+
+
+def test_a_billion_samples_are_refused() -> None:
+    with pytest.raises(ConfigError, match="n must be at most 16384"):
+        SamplingParams(n=10**9)

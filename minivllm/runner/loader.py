@@ -49,7 +49,11 @@ def build_model(config: ModelConfig, weight_files: list[Path], seed: int, device
 def _load_files(model: nn.Module, config: ModelConfig, weight_files: list[Path]) -> None:
     parameters = dict(model.named_parameters())
     missing = {name: parameter.shape[0] for name, parameter in parameters.items()}  # rows not filled yet
+    seen: set[str] = set()
     for name, tensor in _tensors(weight_files):
+        if name in seen:
+            raise ModelError(f"the checkpoint has '{name}' in two files; remove the one that does not belong")
+        seen.add(name)
         target = _our_name(name)
         if target not in parameters:
             if target == "lm_head.weight" and config.tie_word_embeddings:

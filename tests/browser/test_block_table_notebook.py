@@ -118,6 +118,7 @@ def test_block_table_notebook_runs_and_answers(open_notebook: OpenNotebook) -> N
     notebook.run_all()
     assert_replay_moves(notebook)
     assert_buttons_drive_the_engine(notebook)
+    assert_slider_starts_over(notebook)
     assert_patterns_are_each_maps_own(notebook)
     assert_no_complaint(notebook)
     assert notebook.page.evaluate("window.hacked") is None
@@ -160,3 +161,18 @@ def assert_buttons_drive_the_engine(notebook: Notebook) -> None:
     assert (later["logical block"], later["offset"]) == (1, 1)
     expect(live.locator(".mv-detail")).to_contain_text(f"Block {later['physical block']}, offset 1")
     assert page.locator(".mv-view img").count() == 0
+
+
+def assert_slider_starts_over(notebook: Notebook) -> None:
+    """Another block size: a new pool on the same map, and the buttons drive it."""
+    page = notebook.page
+    title = page.locator(f"{MAP} .mv-title").last
+    page.get_by_label("block size", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".mv-view-engine-buttons")).to_contain_text("11 blocks of 16", timeout=30_000)
+    expect(title).to_contain_text("0 of 11 blocks live")
+    page.get_by_role("button", name="add", exact=True).click()
+    page.get_by_role("button", name="one step", exact=True).click()
+    expect(title).not_to_contain_text("0 of 11 blocks live")
+    page.get_by_role("button", name="finish the oldest", exact=True).click()
+    expect(title).to_contain_text("0 of 11 blocks live")
