@@ -36,14 +36,24 @@ from minivllm.views.widget import Panel
 # pads tables to equal length.
 
 # %%
-llm = LLM("smollm2-135m", dtype="float32", block_size=8, num_blocks=24, show_progress=False)
-text_engine, pool = llm.text_engine, llm.engine.kv.pool
-print(f"{pool.num_usable} blocks x {llm.config.block_size} tokens = {llm.config.capacity_tokens} tokens")
-llm.generate(
-    ["Once", "Twice", "Three times"], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), use_tqdm=False
+llm = LLM(
+    "smollm2-135m", dtype="float32", block_size=8, num_blocks=24, show_progress=False
 )
-llm.reset_prefix_cache()  # a pool that has worked before: its free list is no longer in order
-print(f"one token: {llm.trace_header()['kv_bytes_per_token']:,} bytes of K and V, over all 30 layers, in fp32")
+text_engine, pool = llm.text_engine, llm.engine.kv.pool
+print(
+    f"{pool.num_usable} blocks x {llm.config.block_size} tokens = "
+    f"{llm.config.capacity_tokens} tokens"
+)
+llm.generate(
+    ["Once", "Twice", "Three times"],
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+    use_tqdm=False,
+)
+llm.reset_prefix_cache()  # a pool that has worked: its free list is out of order
+print(
+    f"one token: {llm.trace_header()['kv_bytes_per_token']:,} bytes of K and V, "
+    "over all 30 layers, in fp32"
+)
 
 # %% [markdown]
 # ## 1. How many blocks?
@@ -54,12 +64,16 @@ print(f"one token: {llm.trace_header()['kv_bytes_per_token']:,} bytes of K and V
 my_blocks, my_empty_slots = 3, 3  # your guess
 
 # %%
-PROMPT = "The block table of a request is a list of numbers. Each number names one block"
+PROMPT = (
+    "The block table of a request is a list of numbers. Each number names one block"
+)
 greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 trace = Trace(llm.trace_header())
 llm.events.listen(trace)  # every view below draws these events, and nothing else
 
-first = text_engine.add(text_engine.check(PROMPT + " of the pool."), greedy, request_id="first")
+first = text_engine.add(
+    text_engine.check(PROMPT + " of the pool."), greedy, request_id="first"
+)
 text_engine.step()
 request = first.samples[0].request
 num_tokens, num_blocks = request.num_computed, len(request.block_ids)
@@ -82,7 +96,13 @@ def read_slot(layer: int, slot: int, of: LLM = llm) -> SlotBytes:
     k, v = of.storage.slot(layer, slot)
     start = of.storage.layers[layer].k.data_ptr()
     offset, head_bytes = k.data_ptr() - start, k.stride(0) * k.itemsize
-    return SlotBytes(offset, k.data_ptr(), head_bytes, head_bytes, *(tuple(map(tuple, x.tolist())) for x in (k, v)))
+    return SlotBytes(
+        offset,
+        k.data_ptr(),
+        head_bytes,
+        head_bytes,
+        *(tuple(map(tuple, x.tolist())) for x in (k, v)),
+    )
 
 
 def token_texts(request_id: str, of: LLM = llm) -> list[str]:
@@ -106,7 +126,10 @@ logical_block, offset = divmod(position, block_size)
 physical_block = request.block_ids[logical_block]
 slot = physical_block * block_size + offset
 print(f"position {position} -> logical block {logical_block}, offset {offset}")
-print(f"table[{logical_block}] = {physical_block} -> slot {physical_block} x {block_size} + {offset} = {slot}")
+print(
+    f"table[{logical_block}] = {physical_block} -> "
+    f"slot {physical_block} x {block_size} + {offset} = {slot}"
+)
 assert slot == slot_of(position, request.block_ids, block_size)
 
 # %% [markdown]
@@ -122,7 +145,8 @@ assert np.array_equal(from_memory, layer_k[physical_block, offset].numpy().resha
 assert np.abs(from_memory).max() > 0
 byte = slot * values_per_slot * 4
 print(
-    f"byte {byte:,} of layer 0's K: {values_per_slot} values of 4 bytes each, and the same in V and in 29 more layers"
+    f"byte {byte:,} of layer 0's K: {values_per_slot} values of 4 bytes each, "
+    "and the same in V and in 29 more layers"
 )
 
 # %% [markdown]
@@ -144,13 +168,22 @@ assert all(blocks == blocks_needed(tokens, 8) for tokens, blocks in lengths)
 # The next prompt starts with the same 16 tokens. Which of its blocks are new?
 
 # %%
-second = text_engine.add(text_engine.check(PROMPT + ", and two tables may name the same."), greedy, request_id="second")
+second = text_engine.add(
+    text_engine.check(PROMPT + ", and two tables may name the same."),
+    greedy,
+    request_id="second",
+)
 text_engine.step()
 table_1, table_2 = request.block_ids, second.samples[0].request.block_ids
 shared = [block_id for block_id in table_2 if block_id in table_1]
 print("first :", table_1)
 print("second:", table_2)
-print("shared:", shared, "with reference counts", [pool.blocks[block_id].ref_count for block_id in shared])
+print(
+    "shared:",
+    shared,
+    "with reference counts",
+    [pool.blocks[block_id].ref_count for block_id in shared],
+)
 assert shared == table_1[: len(shared)] and len(shared) == 2
 
 # %% [markdown]
@@ -165,13 +198,15 @@ assert shared == table_1[: len(shared)] and len(shared) == 2
 private = [block_id for block_id in table_1 if block_id not in shared]
 num_free_before = pool.num_free
 text_engine.abort(first)
-print(f"free blocks: {num_free_before} -> {pool.num_free}; shared blocks are still in use:",
-      [pool.blocks[block_id].ref_count for block_id in shared])  # fmt: skip
+print(f"free blocks: {num_free_before} -> {pool.num_free}")
+print("owners of the shared ones:", [pool.blocks[i].ref_count for i in shared])
 assert pool.num_free == num_free_before + len(private)
 
 # %%
 third = text_engine.add(
-    text_engine.check("One, two, three, four, five, six, seven, eight, nine"), greedy, request_id="third"
+    text_engine.check("One, two, three, four, five, six, seven, eight, nine"),
+    greedy,
+    request_id="third",
 )
 for _ in range(3):
     text_engine.step()
@@ -206,33 +241,59 @@ class Room:
 
 def add(prompt: str) -> str:
     generation = Room.llm.text_engine.add(Room.llm.text_engine.check(prompt), greedy)
-    return f"request {generation.request_id} waits with {len(generation.prompt.token_ids)} tokens"
+    num_tokens = len(generation.prompt.token_ids)
+    return f"request {generation.request_id} waits with {num_tokens} tokens"
 
 
 def step(_: str) -> str:
     Room.llm.text_engine.step()
     running = Room.llm.engine.scheduler.running
-    return ", ".join(f"{r.id}: {r.num_computed} tokens in {len(r.block_ids)} blocks" for r in running) or "idle"
+    return (
+        ", ".join(
+            f"{r.id}: {r.num_computed} tokens in {len(r.block_ids)} blocks"
+            for r in running
+        )
+        or "idle"
+    )
 
 
 def finish(_: str) -> str:
     oldest = next(iter(Room.llm.engine.requests), None)
-    return f"request {oldest} finished" if oldest and Room.llm.text_engine.end(oldest) else "nothing runs"
+    return (
+        f"request {oldest} finished"
+        if oldest and Room.llm.text_engine.end(oldest)
+        else "nothing runs"
+    )
 
 
 def restart(size: str) -> str:
     num_blocks = 1 + 184 // int(size)
-    Room.llm = LLM("smollm2-135m", dtype="float32", block_size=int(size), num_blocks=num_blocks, show_progress=False)
+    Room.llm = LLM(
+        "smollm2-135m",
+        dtype="float32",
+        block_size=int(size),
+        num_blocks=num_blocks,
+        show_progress=False,
+    )
     live_map.watch(Room.llm.events, Room.llm.trace_header())
     return f"a new pool: {num_blocks - 1} blocks of {size}; add a request"
 
 
-actions = {"add": add, "one step": step, "finish the oldest": finish, "block size": restart}
+actions = {
+    "add": add,
+    "one step": step,
+    "finish the oldest": finish,
+    "block size": restart,
+}
 live_map = BlockMap.follow(llm.events, llm.trace_header(), past=trace.events)
 live_table = BlockTable(
-    live_map, lambda id_: token_texts(id_, Room.llm), lambda layer, slot: read_slot(layer, slot, Room.llm)
+    live_map,
+    lambda id_: token_texts(id_, Room.llm),
+    lambda layer, slot: read_slot(layer, slot, Room.llm),
 )
-buttons = EngineButtons(actions, "Paris is the capital of", slider=("block size", [1, 2, 4, 8, 16, 32], 8))
+buttons = EngineButtons(
+    actions, "Paris is the capital of", slider=("block size", [1, 2, 4, 8, 16, 32], 8)
+)
 Panel(buttons, live_map, live_table)
 
 # %% [markdown]
@@ -245,23 +306,53 @@ Panel(buttons, live_map, live_table)
 sizes, num_blocks_used, num_empty = [1, 4, 16, 64, 256], [], []
 prompts = [list(range(100, 100 + n)) for n in (21, 70, 130)]
 for size in sizes:
-    small = LLM("smollm2-135m", load_format="dummy", block_size=size, num_blocks=1 + 768 // size, show_progress=False)
+    small = LLM(
+        "smollm2-135m",
+        load_format="dummy",
+        block_size=size,
+        num_blocks=1 + 768 // size,
+        show_progress=False,
+    )
     for prompt in prompts:
         small.text_engine.add(small.text_engine.check(prompt), greedy)
     small.text_engine.step()
-    tables = [(r.num_computed, len(r.block_ids)) for r in small.engine.scheduler.running]
+    tables = [
+        (r.num_computed, len(r.block_ids)) for r in small.engine.scheduler.running
+    ]
     num_blocks_used.append(sum(blocks for _, blocks in tables))
     num_empty.append(sum(blocks * size - tokens for tokens, blocks in tables))
 print("block size   ", sizes)
 print("table entries", num_blocks_used)
 print("empty slots  ", num_empty)
-assert num_empty[0] == 0 and all(empty < 3 * size for size, empty in zip(sizes, num_empty, strict=True))
+assert num_empty[0] == 0 and all(
+    empty < 3 * size for size, empty in zip(sizes, num_empty, strict=True)
+)
 
 # %%
-figure = go.Figure(layout={"template": "none", "width": 640, "height": 300, "yaxis": {"title": "slots, entries"}})
-figure.add_bar(x=[str(size) for size in sizes], y=num_empty, name="empty slots", marker={"color": "#D55E00"})
-figure.add_bar(x=[str(size) for size in sizes], y=num_blocks_used, name="table entries", marker={"color": "#0072B2"})
-figure.update_layout(title="Larger blocks: shorter tables, more empty slots", xaxis={"title": "block size (tokens)"})
+figure = go.Figure(
+    layout={
+        "template": "none",
+        "width": 640,
+        "height": 300,
+        "yaxis": {"title": "slots, entries"},
+    }
+)
+figure.add_bar(
+    x=[str(size) for size in sizes],
+    y=num_empty,
+    name="empty slots",
+    marker={"color": "#D55E00"},
+)
+figure.add_bar(
+    x=[str(size) for size in sizes],
+    y=num_blocks_used,
+    name="table entries",
+    marker={"color": "#0072B2"},
+)
+figure.update_layout(
+    title="Larger blocks: shorter tables, more empty slots",
+    xaxis={"title": "block size (tokens)"},
+)
 figure
 
 # %% [markdown]

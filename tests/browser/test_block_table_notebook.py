@@ -171,6 +171,7 @@ def assert_slider_starts_over(notebook: Notebook) -> None:
     page.keyboard.press("ArrowRight")
     expect(page.locator(".mv-view-engine-buttons")).to_contain_text("11 blocks of 16", timeout=30_000)
     expect(title).to_contain_text("0 of 11 blocks live")
+    expect(page.locator(MAP).last.locator("[data-block]")).to_have_count(12)
     page.get_by_role("button", name="add", exact=True).click()
     page.get_by_role("button", name="one step", exact=True).click()
     expect(title).not_to_contain_text("0 of 11 blocks live")

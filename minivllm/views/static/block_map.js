@@ -117,6 +117,12 @@ function grid(model, prefix) {
     draw(picture) {
       const colours = [...new Set(picture.owners.map((o) => o.colour)), "#888888"];
       if (defs.dataset.key !== String(colours)) put(defs, { "data-key": colours }, patterns(prefix, colours));
+      const { columns, cell_width, cell_height, block_size } = picture;
+      const layout = JSON.stringify([picture.cells.length, columns, cell_width, cell_height, block_size]);
+      if (cells.dataset.layout !== layout) {
+        put(cells, { "data-layout": layout }, []); // another pool: every cell moves
+        keys.length = 0;
+      }
       while (cells.children.length < picture.cells.length) {
         cells.append(shape("g", { "data-block": cells.children.length }));
       }
