@@ -25,7 +25,9 @@ from minivllm.runner.batch import build_batch
 from minivllm.weights import find_model
 
 Row = dict[str, object]
-NUM_NEW = 64
+NUM_NEW = 64  # tokens a request gets in the decode part
+DECODE_BATCHES = (1, 8, 16)
+PREFIX_TOKENS = 512
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +60,7 @@ def bench_decode(args: argparse.Namespace) -> list[Row]:
     llm = _engine(args, enable_prefix_caching=False)
     rival = load_rival(_folder(llm), args.dtype)
     rows: list[Row] = []
-    for num_seqs in (1, 8, 16):
+    for num_seqs in DECODE_BATCHES:
         prompts = _prompts(num_seqs, 64, 192, args.seed)
         lengths = {"first": [1] * num_seqs, "all": [NUM_NEW] * num_seqs}
         best = _interleave(
@@ -100,20 +102,20 @@ def bench_mixed(args: argparse.Namespace) -> list[Row]:
 def bench_prefix(args: argparse.Namespace) -> list[Row]:
     """Time to first token behind a shared prefix of 512 tokens, cold and warm."""
     llm = _engine(args, enable_prefix_caching=True)
-    prefix, tails = _prompts(1, 512, 512, args.seed)[0], _prompts(2, 32, 32, args.seed + 1)
+    prefix, tails = _prompts(1, PREFIX_TOKENS, PREFIX_TOKENS, args.seed)[0], _prompts(2, 32, 32, args.seed + 1)
 
     def first_token(tail: Sequence[int], is_warm: bool) -> float:
         llm.reset_prefix_cache()
         if is_warm:
             llm.generate([list(prefix)], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
         output = llm.generate([[*prefix, *tail]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)[0]
-        assert output.num_cached_tokens == (512 if is_warm else 0)
+        assert output.num_cached_tokens == (PREFIX_TOKENS if is_warm else 0)
         assert output.metrics.time_to_first_token is not None
         return output.metrics.time_to_first_token
 
     runs = [(first_token(tails[0], False), first_token(tails[1], True)) for _ in range(args.repeats + 1)]
     cold_s, warm_s = (min(times) for times in zip(*runs, strict=True))
-    row: Row = {"what": "time to first token, 512 shared + 32 own tokens", "unit": "ms"}
+    row: Row = {"what": f"time to first token, {PREFIX_TOKENS} shared + 32 own tokens", "unit": "ms"}
     return [
         row | {"cold": round(cold_s * 1e3, 1), "warm": round(warm_s * 1e3, 1), "warm / cold": round(warm_s / cold_s, 3)}
     ]
