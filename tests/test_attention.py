@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minivllm.attention import ForwardBatch
+from minivllm.attention import ForwardBatch, torch_backend
 from minivllm.attention.reference import paged_attention_reference
 from minivllm.attention.torch_backend import TorchAttention
 from minivllm.config import ModelConfig
@@ -28,12 +28,13 @@ class Case:
     num_kv_heads: int = 2
     head_size: int = 16
     window: int | None = None
+    dtype: str = "float32"
 
     @property
     def config(self) -> ModelConfig:
         return ModelConfig(
             "llama", 10, 64, 64, 1, self.num_heads, self.num_kv_heads, self.head_size, 512,
-            windows=(self.window,) if self.window else (), dtype="float32",
+            windows=(self.window,) if self.window else (), dtype=self.dtype,
         )  # fmt: skip
 
     def tables(self, seed: int) -> list[list[int]]:
@@ -53,7 +54,7 @@ def run(case: Case, seed: int = 0, garbage: float = 0.0) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(1)
 
     def noise(num_tokens: int, num_heads: int) -> torch.Tensor:
-        return torch.randn(num_tokens, num_heads, case.head_size, generator=generator)
+        return torch.randn(num_tokens, num_heads, case.head_size, generator=generator).to(storage.data.dtype)
 
     storage.data.fill_(garbage)
     q, new_k, new_v, slots = [], [], [], []
@@ -117,6 +118,29 @@ def test_one_long_request_among_many_short_ones(window: int | None) -> None:
     lengths = [3, 1, 90, 2, 5, 4, 17, 1]
     found, expected = run(Case([1] * 8, lengths, 3, window=window))
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("smallest_matmul", [0, 10**9])
+def test_both_ways_to_decode_in_bf16_equal_their_twin(
+    smallest_matmul: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_backend, "MATMUL_TOKENS", smallest_matmul)
+    lengths = [33, 1, 70, 2, 16, 64, 17, 51]
+    found, expected = run(Case([1] * 8, lengths, 16, num_heads=6, window=window, dtype="bfloat16"))
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 6e-3  # bf16 keeps 8 bits: 2**-9 for the result alone
+
+
+def test_groups_are_cut_where_padding_costs_more_than_a_group() -> None:
+    cut = torch_backend._similar_lengths
+    assert cut([], []) == []
+    assert cut([0, 1, 2], [10, 2000, 20]) == [[0, 2], [1]]
+    assert cut([3, 5], [0, 0, 0, 90, 0, 100]) == [[3, 5]]
+    lengths = [5000, 10, 2500, 12, 5001, 2400]
+    groups = cut(list(range(6)), lengths)
+    assert groups == [[1, 3], [2, 5], [0, 4]]
+    assert sorted(sum(groups, [])) == list(range(6))
 
 
 MIXED = Case([1, 6, 1, 1, 3], [40, 6, 5, 17, 12], block_size=4)
