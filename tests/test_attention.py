@@ -140,7 +140,6 @@ def test_groups_are_cut_where_padding_costs_more_than_a_group() -> None:
     lengths = [5000, 10, 2500, 12, 5001, 2400]
     groups = cut(list(range(6)), lengths)
     assert groups == [[1, 3], [2, 5], [0, 4]]
-    assert sorted(sum(groups, [])) == list(range(6))
 
 
 MIXED = Case([1, 6, 1, 1, 3], [40, 6, 5, 17, 12], block_size=4)
