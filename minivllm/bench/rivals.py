@@ -41,7 +41,7 @@ def run_generate(model: PreTrainedModel, prompts: Prompts, num_new: Sequence[int
 def run_continuous(model: PreTrainedModel, prompts: Prompts, num_new: Sequence[int], budget: int) -> float:
     """Seconds for transformers' continuous batching, with a pool of the size the work needs."""
     num_blocks = sum(-(-(len(p) + n) // 32) for p, n in zip(prompts, num_new, strict=True)) + 16
-    config = ContinuousBatchingConfig(num_blocks=num_blocks, page_size=32, max_batch_tokens=budget)
+    config = ContinuousBatchingConfig(32, num_blocks=num_blocks, max_batch_tokens=budget)  # 32 tokens a page
     generation = GenerationConfig(max_new_tokens=max(num_new), do_sample=False, eos_token_id=-1)
     started_s = time.perf_counter()
     with model.continuous_batching_context_manager(
