@@ -206,6 +206,12 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        require_integers(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens)
+        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
+            if not isinstance(getattr(self, name), bool):  # the string "no" would count as yes
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.watermark, int | float):
+            raise ConfigError(f"watermark must be a number, not {self.watermark!r}")
         if not 1 <= self.block_size <= 256:
             raise ConfigError(f"block_size must be from 1 to 256, not {self.block_size}")
         if self.max_model_len < 2:

@@ -1,14 +1,25 @@
 """What follows from a model and a machine where the user says nothing: dtype, size of the pool, longest request."""
 
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from minivllm.config import DTYPE_BYTES, DTYPES, ModelConfig
 from minivllm.errors import ConfigError
 from minivllm.outputs import Tokenizer
-from minivllm.runner.device import choose_dtype, default_kv_cache_memory
-from minivllm.runner.kv_storage import blocks_in
+from minivllm.runner.device import GIB, available_memory, choose_dtype, default_kv_cache_memory
+from minivllm.runner.kv_storage import block_bytes, blocks_in
 from minivllm.weights import ModelSource
+
+DEFAULT_BUDGET = 2048  # tokens a step may compute
+
+
+def refuse_unknown(unknown: Mapping[str, object], function: Callable[..., None]) -> None:
+    """Turn an option that vLLM has and we do not into one line that says which there are."""
+    if unknown:
+        known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        raise ConfigError(f"LLM has no option {next(iter(unknown))!r}: leave it out; there are {', '.join(known)}")
 
 
 def read_model_config(source: ModelSource, dtype: str, device: str) -> ModelConfig:
@@ -28,15 +39,19 @@ def pool_size(
     """Blocks of the KV pool, the null block included: as asked, or as many as the budget buys."""
     if not 1 <= block_size <= 256:
         raise ConfigError(f"block_size must be from 1 to 256, not {block_size}")
-    if num_blocks is not None:
-        if num_blocks < 2:
-            raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
-        return num_blocks
-    if kv_cache_memory is None:
-        weight_bytes = config.num_parameters * DTYPE_BYTES[config.dtype]
-        kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
-    most = config.max_position * 1024  # a thousand requests of full length: more would never be used
-    return min(blocks_in(kv_cache_memory, config, block_size), 1 + most // block_size)
+    if num_blocks is None:
+        if kv_cache_memory is None:
+            weight_bytes = config.num_parameters * DTYPE_BYTES[config.dtype]
+            kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
+        most = config.max_position * 1024  # a thousand requests of full length: more would never be used
+        num_blocks = min(blocks_in(kv_cache_memory, config, block_size), 1 + most // block_size)
+    if num_blocks < 2:
+        raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
+    num_bytes, free_bytes = num_blocks * block_bytes(config, block_size), available_memory()
+    if device == "cpu" and num_bytes > free_bytes:
+        gib = f"{num_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB are free"
+        raise ConfigError(f"the KV pool would take {gib}: lower kv_cache_memory or num_blocks")
+    return num_blocks
 
 
 def longest_request(config: ModelConfig, asked: int | None, fits: int) -> int:
@@ -46,10 +61,17 @@ def longest_request(config: ModelConfig, asked: int | None, fits: int) -> int:
     return min(fits, config.max_position) if asked is None else asked
 
 
+def step_budget(asked: int | None, max_model_len: int, is_chunked: object) -> int:
+    """max_num_batched_tokens: as asked; without chunks, by default, the longest prompt fits in one step."""
+    if asked is not None:
+        return asked
+    return DEFAULT_BUDGET if is_chunked else max(DEFAULT_BUDGET, max_model_len)
+
+
 def load_tokenizer(source: ModelSource) -> Tokenizer | None:
     """The model's own tokenizer, where it has one."""
     if source.folder is None or not source.has_tokenizer:
         return None
     from transformers import AutoTokenizer  # seconds to import, and models run without it
 
-    return AutoTokenizer.from_pretrained(source.folder)  # it decodes batches too
+    return AutoTokenizer.from_pretrained(source.folder, model_max_length=10**9)  # it decodes batches too

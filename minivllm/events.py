@@ -200,7 +200,11 @@ class Trace:
             "events": [[names.index(type(event).__name__), *astuple(event)] for event in self.events],
         }
         path = Path(path)
-        path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        except OSError as error:
+            raise MiniVLLMError(f"{path}: cannot save the trace ({error}); choose another place") from error
         return path
 
     @staticmethod

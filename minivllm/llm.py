@@ -4,11 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from minivllm.config import EngineConfig, require_integers
-from minivllm.defaults import load_tokenizer, longest_request, pool_size, read_model_config
+from minivllm.defaults import (
+    load_tokenizer,
+    longest_request,
+    pool_size,
+    read_model_config,
+    refuse_unknown,
+    step_budget,
+)
 from minivllm.engine.engine import Engine
 from minivllm.errors import ModelError, RequestError
 from minivllm.events import EventBus, Trace
@@ -20,7 +28,7 @@ from minivllm.runner.device import choose_device
 from minivllm.runner.kv_storage import KVStorage, block_bytes
 from minivllm.runner.loader import build_model
 from minivllm.runner.model_runner import ModelRunner
-from minivllm.text_engine import Checked, Generation, Prompt, TextEngine
+from minivllm.text_engine import Checked, Generation, Prompt, TextEngine, require_unicode
 from minivllm.weights import find_model
 
 Message = Mapping[str, str]
@@ -39,13 +47,13 @@ class LLM:
         self,
         model: str | Path = "smollm2-135m",
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         scheduling_policy: str = "fcfs",
@@ -54,24 +62,23 @@ class LLM:
         load_format: str = "auto",
         device: str = "auto",
         show_progress: bool = True,
+        **unknown: object,
     ) -> None:
-        require_integers(
-            max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks, kv_cache_memory=kv_cache_memory,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed,
-        )  # fmt: skip
+        refuse_unknown(unknown, LLM.__init__)
+        sizes = {"max_model_len": max_model_len, "num_blocks": num_blocks, "kv_cache_memory": kv_cache_memory}
+        require_integers(**sizes, block_size=block_size, max_num_batched_tokens=max_num_batched_tokens, seed=seed)
         source = find_model(model, load_format, show_progress)
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
-        self.model_config = read_model_config(source, dtype, self.device)
+        self.model_config = read_model_config(source, str(dtype).removeprefix("torch."), self.device)
         num_blocks = pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
-        longest = (num_blocks - 1) * block_size
-        longest = longest if enable_chunked_prefill else min(longest, max_num_batched_tokens)
+        max_model_len = longest_request(self.model_config, max_model_len, (num_blocks - 1) * block_size)
         config = EngineConfig(
             num_blocks=num_blocks,
             block_size=block_size,
-            max_model_len=longest_request(self.model_config, max_model_len, longest),
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_tokens=step_budget(max_num_batched_tokens, max_model_len, enable_chunked_prefill),
             enable_prefix_caching=enable_prefix_caching,
             enable_chunked_prefill=enable_chunked_prefill,
             scheduling_policy=scheduling_policy,
@@ -225,6 +232,7 @@ class LLM:
             )
         except TemplateError as error:  # templates refuse orders of roles they do not know
             raise RequestError(f"{where}: the chat template says: {' '.join(str(error).split())}") from error
+        require_unicode(text, where)
         token_ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[call-arg]  # the template has them
         return Checked(text, token_ids)
 

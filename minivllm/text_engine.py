@@ -201,8 +201,7 @@ class TextEngine:
     def _encode(self, text: str, where: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError(f"{where}: the model {self.model} has no tokenizer; give a list of token ids")
-        if not _is_unicode(text):
-            raise RequestError(f"{where}: the text holds half a surrogate pair, which is no character; remove it")
+        require_unicode(text, where)
         token_ids = self.tokenizer.encode(text)
         if not token_ids:
             raise RequestError(f"{where}: the prompt is empty; give at least one token")
@@ -262,6 +261,12 @@ def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:
         if key in prompt:
             return prompt[key], salt
     raise RequestError(f"{where}: the dict needs 'prompt' or 'prompt_token_ids', it has {sorted(map(str, prompt))}")
+
+
+def require_unicode(text: str, where: str) -> None:
+    """Refuse what no tokenizer and no hash can encode."""
+    if not _is_unicode(text):
+        raise RequestError(f"{where}: the text holds half a surrogate pair, which is no character; remove it")
 
 
 def _is_unicode(text: str) -> bool:

@@ -21,19 +21,20 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import plotly.graph_objects as go
 
 from minivllm import LLM, SamplingParams
 from minivllm.engine.kv_manager import blocks_needed, slot_of
 from minivllm.events import Trace
+from minivllm.views.bars import Bars
 from minivllm.views.block_map import BlockMap
 from minivllm.views.block_table import BlockTable, SlotBytes
 from minivllm.views.engine_buttons import EngineButtons
 from minivllm.views.widget import Panel
 
 # %% [markdown]
-# A pool small enough to see: 23 blocks of 8 tokens. Block 0 is the **null block**: nobody owns it, it only
-# pads tables to equal length.
+# `LLM` is what you would use; behind it, `llm.text_engine` lets us take single steps, and
+# `llm.engine.kv.pool` is the pool of blocks. Ours is small enough to see: 23 blocks of 8 tokens. Block 0 is the
+# **null block**: nobody owns it, it only pads tables to equal length.
 
 # %%
 llm = LLM(
@@ -78,7 +79,10 @@ text_engine.step()
 request = first.samples[0].request
 num_tokens, num_blocks = request.num_computed, len(request.block_ids)
 print(f"{num_tokens} tokens stored in {num_blocks} blocks: {request.block_ids}")
-print(f"empty slots: {num_blocks * 8 - num_tokens}")
+num_empty_slots = num_blocks * 8 - num_tokens
+print(f"empty slots: {num_empty_slots}")
+is_right = (my_blocks, my_empty_slots) == (num_blocks, num_empty_slots)
+print("Your guess was right." if is_right else "Your guess was different: why?")
 assert num_blocks == blocks_needed(num_tokens, 8) == -(-num_tokens // 8)
 
 # %% [markdown]
@@ -299,8 +303,8 @@ Panel(buttons, live_map, live_table)
 # %% [markdown]
 # ## 7. Which block size?
 #
-# Small blocks waste little and make long tables; large ones the reverse. Here are the same three prompts at five
-# sizes: slots that were taken and never filled, at the end of the run.
+# Small blocks waste little and make long tables; large ones the reverse. Here are three prompts of 21, 70 and 130
+# tokens at five sizes, right after their first step (random weights: only the lengths matter).
 
 # %%
 sizes, num_blocks_used, num_empty = [1, 4, 16, 64, 256], [], []
@@ -329,31 +333,13 @@ assert num_empty[0] == 0 and all(
 )
 
 # %%
-figure = go.Figure(
-    layout={
-        "template": "none",
-        "width": 640,
-        "height": 300,
-        "yaxis": {"title": "slots, entries"},
-    }
+Bars(
+    "Larger blocks: shorter tables, more empty slots",
+    "block size (tokens)",
+    "slots, entries",
+    sizes,
+    {"empty slots": num_empty, "table entries": num_blocks_used},
 )
-figure.add_bar(
-    x=[str(size) for size in sizes],
-    y=num_empty,
-    name="empty slots",
-    marker={"color": "#D55E00"},
-)
-figure.add_bar(
-    x=[str(size) for size in sizes],
-    y=num_blocks_used,
-    name="table entries",
-    marker={"color": "#0072B2"},
-)
-figure.update_layout(
-    title="Larger blocks: shorter tables, more empty slots",
-    xaxis={"title": "block size (tokens)"},
-)
-figure
 
 # %% [markdown]
 # ## Where the analogy with an operating system holds, and where it breaks

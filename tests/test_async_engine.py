@@ -174,7 +174,7 @@ def test_close_aborts_waits_and_may_be_called_twice(llm: LLM) -> None:
     assert not engine.is_running and all(stream.is_finished for stream in streams)
     assert {stream.result(timeout_s=5).outputs[0].finish_reason for stream in streams} == {"abort"}
     engine.close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RequestError, match="closed"):
         engine.add([1])
 
 

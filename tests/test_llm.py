@@ -570,3 +570,36 @@ def test_n_samples_that_end_at_different_times_survive_a_failure_of_others(
 def test_engine_options_of_a_wrong_type_get_one_line(option: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{option} must be an integer, not [^\n]+$"):
         LLM("smollm2-135m", load_format="dummy", **{option: value})  # type: ignore[arg-type]
+
+
+def test_options_of_vllm_that_we_lack_get_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^LLM has no option 'tensor_parallel_size': leave it out; [^\n]+$"):
+        LLM("smollm2-135m", load_format="dummy", tensor_parallel_size=1)
+
+
+def test_a_switch_that_is_no_boolean_is_refused() -> None:
+    with pytest.raises(ConfigError, match="enable_prefix_caching must be True or False, not 'no'"):
+        LLM("smollm2-135m", load_format="dummy", enable_prefix_caching="no")  # type: ignore[arg-type]
+
+
+def test_a_pool_larger_than_memory_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^the KV pool would take [\d.]+ GiB, and [\d.]+ GiB are free: lower"):
+        LLM("smollm2-135m", load_format="dummy", num_blocks=10**9)
+
+
+def test_without_chunks_the_longest_prompt_fits_in_one_step_by_default() -> None:
+    llm = LLM("smollm2-135m", load_format="dummy", enable_chunked_prefill=False, num_blocks=600)
+    assert llm.config.max_model_len == llm.config.max_num_batched_tokens == 8192
+    with pytest.raises(ConfigError, match="raise max_num_batched_tokens"):
+        LLM("smollm2-135m", load_format="dummy", enable_chunked_prefill=False, max_num_batched_tokens=10)
+
+
+def test_a_torch_dtype_is_a_dtype(reference_model: Build) -> None:
+    assert LLM(reference_model("llama-gqa")[0], dtype=torch.float16, num_blocks=9).model_config.dtype == "float16"
+
+
+@pytest.mark.weights
+def test_half_a_character_in_a_chat_gets_one_line() -> None:
+    llm = LLM("smollm2-135m", num_blocks=20)
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        llm.chat([{"role": "user", "content": "\ud800"}], use_tqdm=False)

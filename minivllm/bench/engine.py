@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     unknown = set(args.parts.split(",")) - set(PARTS)
     if unknown:
         raise ConfigError(f"--parts: '{unknown.pop()}' is not one of {', '.join(PARTS)}")
+    if args.threads < 1 or args.repeats < 1:
+        raise ConfigError(f"--threads and --repeats must be at least 1, not {args.threads} and {args.repeats}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rows: list[Row] = []

@@ -1,7 +1,8 @@
 """From logits to tokens. Every random choice is a function of (seed, position) alone, never of the batch.
 
-Sampling inverts the cumulative distribution at one uniform number per token, taken from a counter-based generator:
-no generator state exists, so a preempted or re-batched request draws what it would have drawn anyway.
+Each token of the vocabulary gets its own noise from a generator seeded afresh, and the largest probability / noise
+wins (the exponential race, which is the Gumbel-max trick). No generator state lives on, so a preempted or re-batched
+request draws what it would have drawn anyway; and rounding in the logits can only swap two tokens that tie.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Seq
     for row, request in enumerate(requests):
         if not request.params.is_greedy:
             probs = distribution(logits[row], request)
-            token_ids[row] = pick(probs, uniform(request.seed, request.num_tokens))
+            token_ids[row] = pick(probs, noise(request.seed, request.num_tokens, len(probs)))
     return token_ids
 
 
@@ -77,17 +78,15 @@ def nucleus_threshold(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     return best[before < top_p][-1]
 
 
-def pick(probs: torch.Tensor, u: float) -> int:
-    """The token at which the cumulative distribution passes u in [0, 1)."""
-    cumulative = probs.cumsum(0)
-    token_id = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
-    return min(token_id, int(probs.nonzero()[-1]))  # rounding may leave the last sum a hair short
+def pick(probs: torch.Tensor, exponential: torch.Tensor) -> int:
+    """A token drawn from `probs` [vocab], given exponential noise: P(argmax p/e = i) = p_i (Gumbel 1954)."""
+    return int((probs / exponential.to(probs.device)).argmax())
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (Philox: Salmon et al. 2011)."""
-    key = np.array([seed % 2**64, 0], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=position)).random())
+def noise(seed: int, position: int, vocab_size: int) -> torch.Tensor:
+    """Exponential noise [vocab], the same for the same seed and position whatever else is sampled."""
+    generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed % 2**64, position])))
+    return torch.from_numpy(np.maximum(generator.standard_exponential(vocab_size), 1e-300))  # 0 / 0 would be NaN
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
 
+from minivllm.errors import RequestError
 from minivllm.interrupts import held_interrupts
 from minivllm.llm import LLM
 from minivllm.outputs import RequestOutput
@@ -108,7 +109,7 @@ class AsyncEngine:
         try:
             with held_interrupts(), self._guard:
                 if self._is_closed:
-                    raise RuntimeError("this AsyncEngine is closed: make a new one")
+                    raise RequestError("this AsyncEngine is closed: make a new one")
                 stream.generation = text_engine.add(checked, params, priority, request_id, on_update=stream._push)
                 self._streams = {id_: s for id_, s in self._streams.items() if not s.is_finished}
                 self._streams[stream.request_id] = stream

@@ -5,7 +5,7 @@ from PIL import Image
 from minivllm.views.block_map_picture import WIDTH_PX
 from minivllm.views.block_table_picture import BlockTablePicture, Link, TableEntry
 from minivllm.views.png import Canvas, text_width, wrapped
-from minivllm.views.theme import NEUTRAL, SELECTED, clipped
+from minivllm.views.theme import FAINT, NEUTRAL, SELECTED, clipped
 
 ENTRY_PX = 42  # height of one entry
 LINK_PX = 40
@@ -46,6 +46,8 @@ def _draw_entry(canvas: Canvas, picture: BlockTablePicture, entry: TableEntry, y
             return
         is_chosen = token.position == picture["token"]
         border = SELECTED if is_chosen else NEUTRAL
+        if not token.is_stored:  # known, and its slot still empty: the next step computes it
+            canvas.hatch((x, y + 16, width, 19), FAINT, gap=6)
         canvas.box((x, y + 16, width, 19), border=border, thickness=2.5 if is_chosen else 0.5)
         canvas.text(x + 4, y + 18, words, 11)
         x += width + 3
