@@ -22,7 +22,9 @@ class SamplingParams:
     """How tokens are chosen and when to stop; vLLM's names, defaults and meanings.
 
     Order of work on the logits: min_tokens, penalties, temperature, min_p, top_k, top_p. Logprobs are those of the
-    raw logits. temperature 0 is greedy. top_k 0 or -1 keeps all. Equal seed and prompt give equal tokens.
+    raw logits. temperature 0 is greedy. top_k 0 or -1 keeps all. Equal seed and prompt give equal noise whatever
+    else is in the batch, and so equal tokens, as far as the dtype's rounding is the same: in fp32 but for ties; in bf16
+    large batches are computed by another formula (attention/torch_backend.py) and may part.
     """
 
     n: int = 1

@@ -91,7 +91,8 @@ assert num_blocks == blocks_needed(num_tokens, 8) == -(-num_tokens // 8)
 # ## 2. Follow one token to its bytes
 #
 # Click a token. The chain under it reads: position → logical block and offset → the table's entry → slot →
-# the byte in the layer's K tensor, and the numbers that stand there.
+# the byte in the layer's K tensor, and the numbers that stand there. The hatched last token was just chosen by the
+# model: it is known, but its K and V are computed only by the next step.
 
 
 # %%

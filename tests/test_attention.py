@@ -200,3 +200,14 @@ def test_prepack_swaps_every_linear_and_nothing_else() -> None:
 
 def test_a_dtype_without_a_packed_linear_is_told_apart() -> None:
     assert not can_prepack(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 33])
+def test_a_packed_linear_gives_a_row_the_same_bits_in_every_batch(num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        packed = PackedLinear(torch.nn.Linear(1536, 576, bias=False, dtype=dtype))
+        x = torch.randn(64, 1536, dtype=dtype)
+        with torch.inference_mode():
+            assert torch.equal(packed(x[:num_rows]), packed(x)[:num_rows])

@@ -154,8 +154,12 @@ function stepper(model) {
     if (current() >= shown[1]) stop();
     else if (asked === null) ask(current() + 1);
   };
+  const byHand = (step) => {
+    stop(); // else the next tick would play on
+    ask(step);
+  };
   const slider = element("input", { type: "range", class: "mv-slider", "aria-label": "step of the recorded run" });
-  slider.addEventListener("input", () => ask(Number(slider.value)));
+  slider.addEventListener("input", () => byHand(Number(slider.value)));
   const play = button("▶ play", "play", () => {
     if (timer) return stop();
     if (current() >= shown[1]) ask(shown[0]);
@@ -163,8 +167,8 @@ function stepper(model) {
     put(play, { "aria-label": "pause", title: "pause" }, "⏸ pause");
   });
   const value = element("output", { class: "mv-value" });
-  const previous = button("◀", "previous step", () => ask(current() - 1));
-  const next = button("▶", "next step", () => ask(current() + 1));
+  const previous = button("◀", "previous step", () => byHand(current() - 1));
+  const next = button("▶", "next step", () => byHand(current() + 1));
   const root = element("div", { class: "mv-row", role: "group", "aria-label": "replay" }, [previous, slider, next, play, value]);
   return {
     root,
