@@ -1,5 +1,7 @@
 """Small random models, saved as transformers saves them, and engines round them."""
 
+import tests.kernel_cases  # noqa: F401, I001  first: it chooses Triton's interpreter before anything imports triton
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

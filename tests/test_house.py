@@ -68,12 +68,18 @@ def test_light_modules_load_without_torch(module: str) -> None:
     assert run.stdout.strip() == "[]"
 
 
+def limit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines a function may have: 60 for a kernel, whose tensors all live at once, else 50."""
+    is_kernel = any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    return 60 if is_kernel else 50
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 300
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    assert [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > 50] == []
+    assert [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > limit(f)] == []
 
 
 def test_wheel_and_editable_install_hold_both_packages() -> None:
