@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("lab", "Open JupyterLab on the notebooks.", open_lab, _add_lab),
         ("fetch", "Download and convert the default model, once.", fetch, None),
         ("generate", "Answer or continue a prompt, as the tokens come.", generate, _add_generate),
-        ("bench", "Measure: minivllm bench engine --help.", bench, _add_bench),
+        ("bench", "Measure: minivllm bench engine --help, minivllm bench kernels --help.", bench, _add_bench),
         ("doctor", "Say what this machine has, and what to do about each lack.", examine, None),
     ):
         subparser = commands.add_parser(name, help=summary, description=summary)
@@ -178,14 +178,16 @@ def _stats(result: "RequestOutput") -> str:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["engine"])
+    parser.add_argument("what", choices=["engine", "kernels"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of that benchmark")
 
 
 def bench(options: argparse.Namespace) -> int:
-    from minivllm.bench.engine import main as bench_engine  # torch and transformers: seconds
-
-    return bench_engine(options.arguments) or OK
+    if options.what == "kernels":
+        from minivllm.bench.kernels import main as run  # torch: seconds
+    else:
+        from minivllm.bench.engine import main as run  # torch and transformers: seconds
+    return run(options.arguments) or OK
 
 
 def examine(options: argparse.Namespace) -> int:

@@ -1,6 +1,8 @@
 """Where a figure comes from: machine, versions, commit, seed and command; in every result file and every trace."""
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -30,9 +32,12 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the code that runs, marked when files differ from it."""
+    """The commit of the code that runs, marked when files differ from it; a copy without git: MINIVLLM_COMMIT's."""
+    told = os.environ.get("MINIVLLM_COMMIT", "unknown")
+    if shutil.which("git") is None:
+        return told
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return found.stdout.strip() or "unknown"
+    return found.stdout.strip() or told

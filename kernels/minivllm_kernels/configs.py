@@ -3,10 +3,13 @@
 Nothing is tuned while a program runs: a choice that depends on timing would make outputs depend on timing too.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+from triton import next_power_of_2
 
+DEVICE_CLASSES = ("ampere", "consumer", "hopper", "blackwell", "interpreter")
 MULTIPROCESSORS_WITHOUT_GPU = 4  # under the interpreter programs run one after another: few, but more than one
 
 
@@ -27,3 +30,85 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    rows: int  # (token, head) pairs a program copies
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    elements_per_thread: int  # of one tensor: few make threads wait for each other, many fill the registers
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    elements_per_thread: int  # of the first halves of the q heads; as many of the second
+    max_q_heads: int = 32  # of one program: a token with more is split among several
+
+
+@dataclass(frozen=True)
+class SiluConfig:
+    columns: int  # of one row, a program's share
+    num_warps: int
+
+
+# Bound by memory: what counts is that enough 16-byte loads are under way, so one choice suits every GPU until measured.
+STORE_KV = dict.fromkeys(DEVICE_CLASSES, StoreConfig(rows=16, num_warps=4))
+ROPE = dict.fromkeys(DEVICE_CLASSES, RopeConfig(elements_per_thread=8))
+NORM = dict.fromkeys(DEVICE_CLASSES, RowConfig(elements_per_thread=16))
+SILU = dict.fromkeys(DEVICE_CLASSES, SiluConfig(columns=1024, num_warps=4))
+
+
+@dataclass(frozen=True)
+class RopeShape:
+    q_tile: int
+    kv_tile: int
+    splits: int  # programs per token
+    num_warps: int
+
+
+def rope_shape(device: torch.device, num_heads: int, num_kv_heads: int, head_size: int) -> RopeShape:
+    """How a token's heads fall to programs: 16 q and 8 kv heads of 128 -> one program of tiles 16 and 8, 4 warps."""
+    config = ROPE[device_class(device)]
+    q_tile = min(next_power_of_2(num_heads), config.max_q_heads)
+    splits = -(-num_heads // q_tile)
+    kv_tile = next_power_of_2(-(-num_kv_heads // splits))
+    threads = q_tile * next_power_of_2(head_size // 2) // config.elements_per_thread
+    return RopeShape(q_tile, kv_tile, splits, num_warps=min(max(threads // 32, 1), 16))
+
+
+def norm_warps(device: torch.device, padded_width: int) -> int:
+    """Warps for a row: never more threads than elements, or two of them would hold the same one."""
+    return min(max(padded_width // NORM[device_class(device)].elements_per_thread // 32, 1), 16)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How `sample` runs: one warp per program, as many programs as registers allow, since it is bound by arithmetic."""
+
+    counters: int  # per program and round, each four tokens: 256 a warp are one 16-byte load of bf16 per word
+    num_warps: int
+    programs_per_sm: int
+    filter_tile: int  # logits per round of the filters, whose one program per row has a whole multiprocessor
+    filter_warps: int
+
+    def programs(self, device: torch.device) -> int:
+        """Programs to share among the rows."""
+        return self.programs_per_sm * num_multiprocessors(device)
+
+
+SAMPLER = {
+    "hopper": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
+    "blackwell": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
+    "ampere": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
+    "consumer": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
+    "interpreter": SamplerConfig(counters=256, num_warps=1, programs_per_sm=1, filter_tile=1024, filter_warps=4),
+}
+
+
+def sampler_config(device: torch.device) -> SamplerConfig:
+    """The measured choice for this device."""
+    return SAMPLER[device_class(device)]

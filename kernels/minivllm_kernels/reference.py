@@ -36,3 +36,118 @@ def paged_attention_twin(
         probs = torch.softmax(scores.where(is_visible, -math.inf), dim=-1)
         out[first:last] = torch.einsum("hts,shd->thd", probs, values)
     return out
+
+
+def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in float64."""
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def rope_twin(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Turn x [T, heads, D] to its positions: (a, b) -> (a cos - b sin, b cos + a sin), in float64."""
+    cos, sin = cos_sin[positions.long()].double()[:, None].chunk(2, dim=-1)  # [T, 1, D/2]
+    a, b = x.double().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def store_kv_twin(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The cache [num_blocks, block_size, Hkv, D] after rows [T, Hkv, D] went to their slots, one by one."""
+    cache = cache.clone()
+    for row, slot in zip(rows, slots.tolist(), strict=True):
+        if slot >= 0:
+            cache[slot // cache.shape[1], slot % cache.shape[1]] = row
+    return cache
+
+
+def silu_and_mul_twin(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of gate_up [T, 2F], in float64."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def mla_decode_twin(
+    q_latent: torch.Tensor,  # [B, H, R]
+    q_rope: torch.Tensor,  # [B, H, P]
+    latent_cache: torch.Tensor,  # [num_blocks, block_size, R + P]
+    block_table: torch.Tensor,  # [B, M]
+    num_tokens: torch.Tensor,  # [B]
+    scale: float,
+) -> torch.Tensor:
+    """Latent attention of one query per request, [B, H, R] in float64: a cache row is a key, its latent the value."""
+    out = torch.zeros(q_latent.shape, dtype=torch.float64, device=q_latent.device)
+    queries = torch.cat([q_latent, q_rope], dim=-1).double()
+    for row, total in enumerate(num_tokens.tolist()):
+        keys = latent_cache[block_table[row].long()].flatten(0, 1)[:total].double()  # [total, R + P]
+        probs = torch.softmax(queries[row] @ keys.T * scale, dim=-1)  # [H, total]
+        out[row] = probs @ keys[:, : q_latent.shape[2]]
+    return out
+
+
+def philox_twin(counter: list[torch.Tensor], key: list[torch.Tensor], num_rounds: int = 7) -> list[torch.Tensor]:
+    """Philox4x32 (Salmon et al. 2011): four 32-bit words from four of `counter` and two of `key`, all held in int64."""
+    mask = 2**32 - 1
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(num_rounds):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits: the sign bit is a digit, as the masks below see it
+        c0, c1, c2, c3 = (b >> 32 & mask) ^ c1 ^ k0, b & mask, (a >> 32 & mask) ^ c3 ^ k1, a & mask
+        k0, k1 = k0 + 0x9E3779B9 & mask, k1 + 0xBB67AE85 & mask
+    return [c0, c1, c2, c3]
+
+
+def sampling_words_twin(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
+    """The 32 random bits of every token, [B, vocab] int64: token 1024a + 256w + l takes word w of counter 256a + l."""
+    mask = 2**32 - 1
+    token = torch.arange(vocab, device=seeds.device)
+    counter = (token // 1024 * 256 + token % 256).expand(len(seeds), vocab)
+    seed, position = seeds.long()[:, None].expand_as(counter), positions.long()[:, None].expand_as(counter)
+    words = philox_twin(
+        [counter, position & mask, position >> 32 & mask, torch.zeros_like(counter)], [seed & mask, seed >> 32 & mask]
+    )
+    return torch.stack(words).gather(0, (token // 256 % 4).expand_as(counter)[None])[0]
+
+
+def exponential_twin(words: torch.Tensor) -> torch.Tensor:
+    """E = -log(1 - x) ~ Exp(1) in float64, x in (0, 1) from 32 random bits of which the last 23 count most."""
+    bits = (words << 9 | words >> 23) & (2**32 - 1)
+    return -torch.log1p(-(bits + 0.5) / 2**32)
+
+
+def kept_twin(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """Which tokens of one row [vocab] min_p, then top_k, then top_p leave; ties at a limit stay, as does the best."""
+    probs = torch.softmax(logits.double() / max(temperature, 1e-5), dim=-1)
+    probs = probs.where(probs >= min_p * probs.max(), 0.0)
+    if 0 < top_k < len(probs):
+        probs = probs.where(probs >= probs.topk(top_k).values[-1], 0.0)
+    if top_p < 1:
+        best = (probs / probs.sum()).sort(descending=True).values
+        before = best.cumsum(0) - best  # probability of the tokens ahead of each
+        last = max(1, int((before < top_p).sum())) - 1
+        probs = probs.where(probs / probs.sum() >= best[last], 0.0)
+    return probs > 0
+
+
+def sample_twin(
+    logits: torch.Tensor,  # [B, vocab]
+    temperatures: torch.Tensor,  # [B]; 0 takes the largest logit
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The token of each row that wins the race logit / temperature - log(E) among those the filters keep, [B]."""
+    noise = -torch.log(exponential_twin(sampling_words_twin(seeds, positions, logits.shape[1])))
+    tokens = []
+    for row, temperature in enumerate(temperatures.tolist()):
+        keys = logits[row].double()
+        if temperature > 0:
+            k, p, least = (
+                default if values is None else values[row].item()
+                for values, default in ((top_k, 0), (top_p, 1.0), (min_p, 0.0))
+            )
+            is_kept = kept_twin(logits[row], temperature, int(k), p, least)
+            keys = (keys / max(temperature, 1e-5) + noise[row]).where(is_kept, -math.inf)
+        tokens.append(int(keys.argmax()))
+    return torch.tensor(tokens, device=logits.device)

@@ -1,10 +1,13 @@
-"""The README's table of figures, made from the committed result file: `python -m minivllm.bench.table`."""
+"""The README's tables of figures, made from the committed result files: `python -m minivllm.bench.table [kernels]`."""
 
 import json
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results") / "engine_cpu.json"
 BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->"
+KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
+KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
 LABELS = {"what", "unit"}
 
 
@@ -23,5 +26,24 @@ def table(path: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n" + source
 
 
+def kernel_table(path: Path = KERNEL_RESULTS) -> str:
+    """Markdown: a line for each kernel and shape, with its fastest rival; then the roofs and where it comes from."""
+    result = json.loads(path.read_text())
+    lines = ["| kernel and shape | us | speed | of the roof | target | met | fastest rival, us |", "| --- " * 7 + "|"]
+    for row in result["rows"]:
+        rivals = sorted(row["rivals_us"].items(), key=lambda rival: rival[1])
+        fastest = " ".join(map(str, rivals[0])) if rivals else ""
+        is_met = {True: "yes", False: "no", None: ""}[row["is_met"]]
+        cells = (row["what"], row["us"], f"{row['speed']} {row['unit']}", row["share"], row["target"], is_met, fastest)
+        lines.append("".join(f"| {cell} " for cell in cells) + "|")
+    facts, roofs = result["provenance"], result["roofs"]["before"]
+    source = (
+        f"\n{facts['gpu']}, roofs in the same process: copy {roofs['copy_gbps']:.0f} GB/s, "
+        f"bf16 product {roofs['gemm_tflops']:.0f} TFLOP/s; torch {facts['torch']}, triton {facts['triton']}, "
+        f"commit {facts['commit']}: `{facts['command']}`\n"
+    )
+    return "\n".join(lines) + "\n" + source
+
+
 if __name__ == "__main__":
-    print(table())
+    print(kernel_table() if "kernels" in sys.argv[1:] else table())

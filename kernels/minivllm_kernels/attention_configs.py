@@ -1,0 +1,193 @@
+"""Which tile sizes the attention kernels run with: static tables by device class, chosen by measurement (NOTES.md)."""
+
+from dataclasses import dataclass
+
+import torch
+from triton import next_power_of_2
+
+from minivllm_kernels.configs import device_class
+
+MOST_PROGRAMS_PER_SM = 4  # the largest of the tables: workspaces are sized by it
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How `paged_decode` runs: enough bytes in flight (32 kB a multiprocessor) to keep the memory busy."""
+
+    tile_bytes: int  # of K, and as many of V: 16 kB are 64 tokens of head size 128 in bf16
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    least_tiles: int = 4  # the shortest stretch worth a program: shorter ones cost more to merge than they save
+
+    def tile_tokens(self, row_bytes: int) -> int:
+        """Keys per tile; a tensor core wants at least 16."""
+        return max(16, min(128, self.tile_bytes // row_bytes))
+
+
+DECODE = {
+    "hopper": DecodeConfig(tile_bytes=16384, num_warps=4, num_stages=3, programs_per_sm=2),
+    "blackwell": DecodeConfig(tile_bytes=16384, num_warps=4, num_stages=3, programs_per_sm=2),
+    "ampere": DecodeConfig(tile_bytes=16384, num_warps=4, num_stages=2, programs_per_sm=2),
+    "consumer": DecodeConfig(tile_bytes=8192, num_warps=4, num_stages=2, programs_per_sm=2),
+    "interpreter": DecodeConfig(tile_bytes=8192, num_warps=4, num_stages=1, programs_per_sm=1, least_tiles=1),
+}
+
+
+def decode_config(device: torch.device) -> DecodeConfig:
+    """The measured choice for this device."""
+    return DECODE[device_class(device)]
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """How `shared_prefix_decode` runs: tiles of `rows` queries against the prefix, `own` for a request's own keys."""
+
+    rows: int
+    tile_bytes: int
+    num_warps: int
+    num_stages: int
+    own: DecodeConfig
+    own_split_tokens: int = 1024
+    most_splits: int = 8
+
+    def num_splits(self, num_tiles: int, num_sms: int) -> int:
+        """Parts of the prefix: enough programs for every multiprocessor, few enough parts to merge."""
+        return max(1, min(self.most_splits, num_sms // num_tiles))
+
+    def reading(self, row_bytes: int) -> dict[str, int]:
+        """What differs from the own keys' constants."""
+        tile = max(16, min(128, self.tile_bytes // row_bytes))
+        return {"ROWS": self.rows, "TILE": tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+PREFIX = {
+    "hopper": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["hopper"]),
+    "blackwell": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["blackwell"]),
+    "ampere": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, own=DECODE["ampere"]),
+    "consumer": PrefixConfig(rows=64, tile_bytes=8192, num_warps=4, num_stages=2, own=DECODE["consumer"]),
+    "interpreter": PrefixConfig(
+        rows=16, tile_bytes=8192, num_warps=4, num_stages=1, own=DECODE["interpreter"], own_split_tokens=128
+    ),
+}
+
+
+def prefix_config(device: torch.device) -> PrefixConfig:
+    """The measured choice for this device."""
+    return PREFIX[device_class(device)]
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """How `mla_decode` runs: two tiles of 64 tokens (74 kB in bf16) and 16 queries (18 kB) fill a multiprocessor."""
+
+    heads: int  # query heads of one program: each block of heads reads the cache again
+    tile: int  # tokens
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 1
+    least_tiles: int = 4  # the shortest stretch worth a program: a part is as wide as 28 tokens of 16 heads
+
+
+# By heads of one program. At 16 the tensor cores idle and only bytes count; at 64 (WGMMA) they are what counts.
+MLA = {
+    "hopper": {
+        16: MlaConfig(heads=16, tile=64, num_warps=8, num_stages=3),
+        32: MlaConfig(heads=32, tile=64, num_warps=8, num_stages=3),
+        64: MlaConfig(heads=64, tile=64, num_warps=8, num_stages=2),
+    },
+    "blackwell": {
+        16: MlaConfig(heads=16, tile=64, num_warps=8, num_stages=3),
+        32: MlaConfig(heads=32, tile=64, num_warps=8, num_stages=3),
+    },
+    "ampere": {
+        16: MlaConfig(heads=16, tile=32, num_warps=4, num_stages=4),
+        32: MlaConfig(heads=32, tile=32, num_warps=8, num_stages=4),
+    },
+    "consumer": {16: MlaConfig(heads=16, tile=16, num_warps=4, num_stages=4)},
+    "interpreter": {16: MlaConfig(heads=16, tile=32, num_warps=4, num_stages=1, least_tiles=1)},
+}
+MLA_FLOAT32 = MlaConfig(heads=16, tile=16, num_warps=4, num_stages=2)  # 37 kB of queries, 37 kB a tile: fits anywhere
+
+
+def mla_config(device: torch.device, num_heads: int, dtype: torch.dtype) -> MlaConfig:
+    """The measured choice: 20 heads take the entry of 32 heads, 128 that of the most there is."""
+    if dtype == torch.float32 and device.type == "cuda":
+        return MLA_FLOAT32
+    choices = MLA[device_class(device)]
+    return choices[min(max(choices), max(16, next_power_of_2(num_heads)))]
+
+
+@dataclass(frozen=True)
+class HopperAttentionConfig:
+    """How `paged_attention_hopper` runs: 2 * head size * (128 + 2 * num_stages * tile) bytes of shared memory."""
+
+    tile: int  # keys
+    num_stages: int  # tiles of K, and of V, under way or in use
+    is_persistent: bool = True  # a program per multiprocessor takes items in turn, else each item is a program
+    overlaps: bool = True  # softmax of a tile runs beside the output of the tile before
+    takes_turns: bool = False  # the two groups issue their products strictly in turn
+
+
+HOPPER_ATTENTION = {  # by head size; to be measured
+    64: HopperAttentionConfig(tile=128, num_stages=4),
+    128: HopperAttentionConfig(tile=128, num_stages=3),
+    256: HopperAttentionConfig(tile=64, num_stages=2),
+}
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How `paged_attention` runs: on Hopper one program fills an SM, both warp groups on the same K and V."""
+
+    rows: int  # (token, query head) pairs of a tile
+    tile_bytes: int  # of K, and as many of V: 16 kB are 64 tokens of head size 128 in bf16
+    num_warps: int
+    num_stages: int
+    box_bytes: int = 0  # the same for tiles fetched by a tensor descriptor; 0: never by one
+    q_bytes: int = 65536  # of queries: wide heads take fewer rows
+    heads_first: bool = False  # neighbouring programs take the heads of one tile, or else the tiles of one head
+
+    def tile_rows(self, row_bytes: int, group: int) -> int:
+        """Rows of a tile, at least one token's heads."""
+        return max(min(self.rows, self.q_bytes // row_bytes), next_power_of_2(group))
+
+    def tile_tokens(self, row_bytes: int, block_size: int | None = None) -> int:
+        """Keys of a tile, at least the 16 a tensor core wants; given a block size, one that a descriptor fetches."""
+        by_pointers = min(128, self.tile_bytes // row_bytes)
+        return max(16, by_pointers if block_size is None else min(128, self.box_bytes // row_bytes, block_size))
+
+
+# By the most rows a request can have: decodes and a few drafts; many drafts or a short prompt; prompts.
+ATTENTION_BY_MMA = {
+    16: AttentionConfig(rows=16, tile_bytes=8192, num_warps=4, num_stages=4),
+    64: AttentionConfig(rows=64, tile_bytes=8192, num_warps=4, num_stages=3, q_bytes=16384),
+    128: AttentionConfig(rows=128, tile_bytes=8192, num_warps=8, num_stages=3, q_bytes=32768),
+}
+ATTENTION = {
+    "hopper": {
+        16: AttentionConfig(rows=16, tile_bytes=16384, num_warps=4, num_stages=3),
+        64: AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, box_bytes=16384),
+        128: AttentionConfig(rows=128, tile_bytes=16384, num_warps=8, num_stages=2, box_bytes=32768),
+    },
+    "blackwell": {
+        16: AttentionConfig(rows=16, tile_bytes=16384, num_warps=4, num_stages=3),
+        64: AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2),
+        128: AttentionConfig(rows=128, tile_bytes=16384, num_warps=8, num_stages=2, box_bytes=32768),
+    },
+    "ampere": ATTENTION_BY_MMA,
+    "consumer": ATTENTION_BY_MMA,
+    "interpreter": {
+        16: AttentionConfig(rows=16, tile_bytes=8192, num_warps=4, num_stages=1),
+        64: AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=1, box_bytes=16384),
+    },
+}
+ATTENTION_FLOAT32 = AttentionConfig(rows=16, tile_bytes=8192, num_warps=8, num_stages=1)  # exact: no tensor cores, slow
+
+
+def attention_config(device: torch.device, dtype: torch.dtype, num_rows: int) -> AttentionConfig:
+    """The measured choice for requests of at most `num_rows` (token, query head) pairs."""
+    if dtype == torch.float32 and device.type == "cuda":
+        return ATTENTION_FLOAT32
+    choices = ATTENTION[device_class(device)]
+    return choices[next((rows for rows in choices if rows >= num_rows), max(choices))]

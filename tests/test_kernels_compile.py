@@ -1,0 +1,74 @@
+"""Every kernel as it ships compiles for every class of GPU without a GPU: no spills, and it fits as often as promised.
+
+sm_80, sm_86, sm_90 and sm_100 stand for the four device classes of configs.py; what differs by head size or dtype alone
+is compiled for sm_90 only (tests/kernel_examples.py says which). It needs a process of its own: this one may interpret.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compile_kernels import Row, broken_bounds, listing
+
+ROOT = Path(__file__).resolve().parents[1]
+FIT = Row("decode", "stream_kernel", 90, num_warps=4, registers=128, shared_bytes=70_000, programs_per_sm=3)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], list[str]]:
+    """A row for everything compiled, and the configurations that no example looked up."""
+    path = tmp_path_factory.mktemp("compiled") / "rows.json"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), "--json", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert path.exists(), run.stderr[-4000:]
+    result = json.loads(path.read_text())
+    return [Row(**row) for row in result["rows"]], result["unseen"]
+
+
+def test_every_kernel_stays_within_its_bounds_on_every_class_of_gpu(compiled: tuple[list[Row], list[str]]) -> None:
+    broken = [row for row in compiled[0] if broken_bounds(row)]
+    assert not broken, "\n" + listing(broken)
+
+
+def test_every_configuration_is_compiled(compiled: tuple[list[Row], list[str]]) -> None:
+    assert compiled[1] == []
+
+
+def test_every_kernel_that_a_launcher_starts_is_compiled(compiled: tuple[list[Row], list[str]]) -> None:
+    assert set(launched_kernels()) - {row.kernel for row in compiled[0]} == set()
+
+
+def launched_kernels() -> Iterator[str]:
+    """Names of the kernels that appear as kernel[grid](...)."""
+    for path in (ROOT / "kernels" / "minivllm_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Subscript(value=ast.Name(id=name))) if name.endswith("_kernel"):
+                    yield name
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"registers": 256, "num_warps": 1}, "256 registers, at most 255"),
+        ({"stack_bytes": 8}, "8 bytes of stack (spills), at most 0"),
+        ({"shared_bytes": 240_000, "programs_per_sm": 0}, "240000 bytes of shared memory, at most 232448"),
+        ({"shared_bytes": 80_000}, "2 programs fit an SM, the configuration counts on 3"),
+        ({"registers": 168, "num_warps": 8}, "1 programs fit an SM, the configuration counts on 3"),
+        ({"error": "OutOfResources"}, "OutOfResources"),
+    ],
+)
+def test_a_broken_bound_is_named(changes: dict[str, Any], complaint: str) -> None:
+    assert broken_bounds(FIT) == []
+    assert broken_bounds(replace(FIT, **changes)) == [complaint]
+    assert complaint in listing([replace(FIT, **changes)])
