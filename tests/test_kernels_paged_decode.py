@@ -192,7 +192,7 @@ def bad(change: str) -> dict[str, Any]:
             arguments["split_tokens"] = 100
         case "room":
             arguments["split_tokens"] = 128
-            arguments["block_table"] = case.block_table.repeat(1, 1000).contiguous()
+            arguments["block_table"] = case.block_table.repeat(1, 20_000).contiguous()
         case "block_size":
             arguments["k_cache"] = arguments["v_cache"] = case.k_cache[:, :5]
     return arguments

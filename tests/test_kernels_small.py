@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 EPS = 1e-6
 SLOTS = (37, -1, 0, 18, 17)  # the second token is padding
 # transformers rounds where the kernels do: what is left is the order of a sum, which flips a few roundings
-SAME = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
+# Rare last-bit differences: a GPU fuses multiply and add where transformers rounds between them.
+SAME = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

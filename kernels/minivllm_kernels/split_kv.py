@@ -277,5 +277,6 @@ def merge_chunks(
     merge_kernel[(inputs[1].shape[2], len(out))](
         inputs[4], prefix_tokens, out, workspace.parts, workspace.lse, split_tokens, num_slots, first_slot,
         arguments.numbers[2], out.stride(0), out.stride(1), HAS_PREFIX=prefix_tokens is not None,
-        HAS_WINDOW=arguments.reading["HAS_WINDOW"], **arguments.shape, **arguments.merging,
+        HAS_WINDOW=arguments.reading["HAS_WINDOW"], **arguments.shape,
+        MERGE_ROWS=arguments.merging["MERGE_ROWS"], PARTS=min(8, arguments.merging["PARTS"]), num_warps=2,
     )  # fmt: skip

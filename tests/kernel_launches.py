@@ -1,0 +1,118 @@
+"""Every attention kernel behind one signature; as a script, all kernels once on small odd shapes, for a sanitizer."""
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from minivllm_kernels.activations import silu_and_mul
+from minivllm_kernels.mla_decode import mla_decode
+from minivllm_kernels.norms import add_rms_norm
+from minivllm_kernels.paged_attention import paged_attention
+from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
+from minivllm_kernels.paged_decode import paged_decode
+from minivllm_kernels.sampling import MAX_SPLITS, sample
+from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
+from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
+
+from tests.kernel_cases import DEVICE, PagedCase, paged_case
+
+Launch = Callable[[PagedCase, torch.Tensor], None]
+
+
+def decode(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, split_tokens: int | None = None) -> None:
+    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, out)
+    paged_decode(*inputs, workspace, split_tokens=split_tokens)
+
+
+def shared(
+    case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, prefix: torch.Tensor, groups: torch.Tensor
+) -> None:
+    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, prefix, groups, out)
+    shared_prefix_decode(*inputs, workspace, max_own_tokens=512)
+
+
+def attend(kernel: Callable[..., None], case: PagedCase, out: torch.Tensor) -> None:
+    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, case.query_starts, out)
+    kernel(*inputs, max_query_len=1024)
+
+
+LAUNCHES = (
+    "paged_decode", "paged_decode, fixed split", "shared_prefix_decode", "paged_attention", "paged_attention_hopper",
+)  # fmt: skip
+
+
+def launch(name: str, case: PagedCase) -> Callable[[], torch.Tensor]:
+    """A call without arguments that fills and returns the same output each time."""
+    num_heads, head_size = case.q.shape[1:]
+    out = torch.full_like(case.q, math.nan)
+    workspace = SplitWorkspace.allocate(
+        DEVICE, len(case.q) * num_heads * 64, num_heads // case.k_cache.shape[2], head_size
+    )
+    nothing = torch.zeros(len(case.num_tokens), dtype=torch.int32, device=DEVICE)
+    alone = torch.arange(len(case.num_tokens) + 1, dtype=torch.int32, device=DEVICE)
+    kernels: dict[str, Launch] = {
+        "paged_decode": partial(decode, workspace=workspace),
+        "paged_decode, fixed split": partial(decode, workspace=workspace, split_tokens=256),
+        "shared_prefix_decode": partial(shared, workspace=workspace, prefix=nothing, groups=alone),
+        "paged_attention": partial(attend, paged_attention),
+        "paged_attention_hopper": partial(attend, paged_attention_hopper),
+    }
+
+    def run() -> torch.Tensor:
+        kernels[name](case, out)
+        return out
+
+    return run
+
+
+def run_row_kernels() -> None:
+    """Norms, gate, store and sampler, on sizes that fit no tile."""
+    normal = partial(torch.randn, dtype=torch.bfloat16, device=DEVICE)
+    add_rms_norm(normal(3, 1032), normal(3, 1032), normal(1032), normal(3, 1032), eps=1e-6)
+    silu_and_mul(normal(3, 2 * 1032), normal(3, 1032))
+    case = paged_case([1] * 5, [9] * 5, heads=(3, 3), dtype=torch.bfloat16)
+    slots = torch.tensor([17, 3, -1, 40, 8], dtype=torch.int32, device=DEVICE)
+    store_kv(case.q, case.q, case.k_cache, case.v_cache, slots)
+    qk_norm_rope_store(
+        normal(5, 9 * 64), normal(64), normal(64), torch.randn(50, 64, device=DEVICE), slots.abs(), slots,
+        normal(5, 3, 64), case.k_cache, case.v_cache, num_heads=3, num_kv_heads=3, eps=1e-6,
+    )  # fmt: skip
+    for top_p in (None, torch.full((3,), 0.9, device=DEVICE)):
+        sample(
+            normal(3, 5003), torch.tensor([0.0, 0.7, 1.0], device=DEVICE),
+            *(torch.arange(3, device=DEVICE) for _ in range(3)),
+            torch.empty(3, MAX_SPLITS, dtype=torch.int64, device=DEVICE),
+            torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.empty(3, device=DEVICE), top_p=top_p,
+        )  # fmt: skip
+
+
+def run_mla() -> None:
+    """Two requests over a latent cache."""
+    normal = partial(torch.randn, dtype=torch.bfloat16, device=DEVICE)
+    table = torch.tensor([[3, 1, 0], [2, 5, 4]], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([70, 131], dtype=torch.int32, device=DEVICE)
+    workspace = SplitWorkspace.allocate(DEVICE, 0, 16, 512)
+    mla_decode(
+        normal(2, 16, 512), normal(2, 16, 64), normal(6, 64, 576), table, lengths, normal(2, 16, 512), workspace,
+        scale=0.07,
+    )  # fmt: skip
+
+
+def main() -> None:
+    decodes = paged_case([1] * 3, [200, 1, 65], heads=(6, 2), dtype=torch.bfloat16)
+    prompts = paged_case([5, 1, 70], [205, 1, 70], heads=(6, 2), dtype=torch.bfloat16)
+    left_out = sys.argv[1] if torch.cuda.get_device_capability()[0] == 9 else "hopper"
+    names = [name for name in LAUNCHES if left_out not in name]
+    for name in names:
+        launch(name, decodes if "decode" in name else prompts)()
+    run_row_kernels()
+    run_mla()
+    torch.cuda.synchronize()
+    print(f"{len(names)} attention kernels ran, and the others")
+
+
+if __name__ == "__main__":
+    main()
