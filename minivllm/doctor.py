@@ -3,7 +3,6 @@
 Invariant: no check raises, whatever is missing or broken; heavy imports stay inside the check that needs them.
 """
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -117,9 +116,7 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("triton", OK, triton)
     else:
         yield Finding("triton", WARN if has_gpu else OK, "absent", wants_triton if has_gpu else "")
-    if importlib.util.find_spec("minivllm.attention.triton_backend") is None:
-        yield Finding("kernels", OK, "torch backend; this version has no Triton kernels yet")
-    elif is_interpreted and triton:
+    if is_interpreted and triton:
         yield Finding("kernels", OK, "Triton interpreter (TRITON_INTERPRET=1): exact and very slow, for study")
     elif is_interpreted:
         yield Finding("kernels", WARN, "TRITON_INTERPRET=1 without triton: torch backend", wants_triton)

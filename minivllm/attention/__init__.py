@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -44,8 +45,15 @@ class Attention(Protocol):
 Backend = Callable[[ModelConfig, ForwardBatch, "list[LayerKV]"], Attention]
 
 
-def choose_backend(device: str) -> Backend:
-    """The backend for a device: torch's own operators, so far, on all of them."""
+def choose_backend(device: str, config: ModelConfig) -> Backend:
+    """Our Triton kernels on a GPU, for the head sizes they have; torch's own operators anywhere else."""
+    if device.startswith("cuda") and find_spec("triton"):
+        from minivllm_kernels.checks import HEAD_SIZES  # lazily: a CPU needs no triton
+
+        from minivllm.attention.triton_backend import TritonBackend
+
+        if config.head_size in HEAD_SIZES:
+            return TritonBackend(config, device)
     from minivllm.attention.torch_backend import TorchAttention
 
     return TorchAttention

@@ -20,7 +20,7 @@ class ModelRunner:
         self.config = config
         self.storage = storage
         self.device = device
-        self._backend = choose_backend(device)
+        self._backend = choose_backend(device, config)
         self._layers: list[LayerKV] = list(storage.layers)
 
     @torch.inference_mode()
