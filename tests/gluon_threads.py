@@ -84,7 +84,9 @@ class Shared:
         return values(self.flat.view(self.shape).clone())
 
     def store(self, data: torch.Tensor) -> None:
-        self.flat.view(self.shape).copy_(data)
+        rows, columns = self.shape
+        matrix = data.T if self.is_transposed else data
+        self.flat.copy_(matrix.reshape(rows, columns // 64, 64).transpose(0, 1).flatten())
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ class Pointer:
         return Pointer(self.tensor, self.offset + offset)
 
     def flat(self) -> torch.Tensor:
-        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size()
-        return self.tensor.as_strided((size,), (1,), 0)
+        start = self.tensor.storage_offset()
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - start
+        return self.tensor.as_strided((size,), (1,), start)
 
 
 @dataclass
@@ -160,8 +163,14 @@ class Program:
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = barrier.missing = count
 
-    def copy(self, box: Any, corner: Sequence[Any], barrier: Barrier, part: Shared) -> None:
+    def expect(self, barrier: Barrier, num_bytes: int, pred: Any = True) -> None:
+        if pred:
+            self.change(barrier, 1, num_bytes)
+
+    def copy(self, box: Any, corner: Sequence[Any], barrier: Barrier, part: Shared, pred: Any = True) -> None:
         """Ask the copy engine for a box; what lies outside the tensor lands as zero."""
+        if not pred:
+            return
         source, starts = box.base, [int(start) for start in corner]
         assert list(box.block_shape[-2:]) == part.shape and part.flat.numel() == torch.Size(box.block_shape).numel()
 
@@ -179,7 +188,8 @@ class Program:
     def multiply(self, a: Any, b: Shared, sums: Any, use_acc: bool = True, is_async: bool = False) -> Any:
         def compute() -> torch.Tensor:
             left = a.matrix() if isinstance(a, Shared) else a.float()
-            return values(left @ b.matrix() + (sums if use_acc else 0.0))
+            before = sums.result if isinstance(sums, Product) else sums  # products end in the order they began
+            return values(left @ b.matrix() + (before if use_acc else 0.0))
 
         product = Product(compute)
         self.under_way().append(product)
@@ -224,13 +234,14 @@ class Program:
     def allocate(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
         if dtype == torch.int64:
             barriers = [Barrier() for _ in range(shape[0])]
-            return SimpleNamespace(index=lambda place: barriers[place])
+            return SimpleNamespace(shape=shape, index=lambda place: barriers[place])
         return Shared(torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype), shape)
 
     def names(self) -> dict[str, Any]:
         """What a kernel's source means by its imported names."""
         language = {
-            "constexpr": gl.constexpr, "float32": torch.float32, "int64": torch.int64, "static_range": range,
+            "constexpr": gl.constexpr, "float32": torch.float32, "int32": torch.int32,
+            "int64": torch.int64, "static_range": range,
             "program_id": lambda axis: self.number, "num_programs": lambda axis: self.num_programs,
             "arange": lambda start, end, layout: values(torch.arange(start, end)),
             "zeros": lambda shape, dtype, layout: values(torch.zeros(shape)),
@@ -238,25 +249,43 @@ class Program:
             "minimum": lambda a, b: values(torch.minimum(values(a), values(b))),
             "maximum": lambda a, b: values(torch.maximum(values(a), values(b))),
             "where": lambda condition, a, b: values(torch.where(values(condition), a, b)),
-            "max": torch.amax, "sum": torch.sum, "exp2": torch.exp2, "convert_layout": lambda tensor, layout: tensor,
-            "load": lambda pointer: values(pointer.flat()[pointer.offset]), "store": store,
+            "max": torch.amax, "sum": torch.sum, "exp2": torch.exp2, "log2": torch.log2,
+            "associative_scan": lambda tensor, axis, _add: tensor.cumsum(axis),
+            "convert_layout": lambda tensor, layout: tensor,
+            "load": load, "store": store, "atomic_add": atomic_add,
             "allocate_shared_memory": self.allocate, "warp_specialize": self.specialize,
             **{name: lambda *_: LAYOUT for name in dir(gl) if name.endswith("Layout")},
         }  # fmt: skip
         barriers = SimpleNamespace(
             MBarrierLayout=lambda: LAYOUT, init=self.init, wait=self.wait, arrive=self.arrive,
-            expect=lambda barrier, num_bytes: self.change(barrier, 1, num_bytes),
+            expect=self.expect,
         )  # fmt: skip
         return {
-            "gl": SimpleNamespace(**language), "mbarrier": barriers, "fence_async_shared": lambda: None,
+            "gl": SimpleNamespace(**language), "tl": SimpleNamespace(debug_barrier=lambda: None),
+            "mbarrier": barriers, "fence_async_shared": lambda: None,
             "tma": SimpleNamespace(async_copy_global_to_shared=self.copy), "warpgroup_mma": self.multiply,
             "warpgroup_mma_wait": self.wait_products,
         }  # fmt: skip
 
 
-def store(pointer: Pointer, data: torch.Tensor, mask: torch.Tensor) -> None:
-    offsets, kept = torch.broadcast_tensors(pointer.offset, mask)
-    pointer.flat()[offsets[kept]] = data[kept]
+def load(pointer: Pointer, mask: Any = True, other: float = 0, cache_modifier: str = "") -> Values:
+    offsets, kept = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask))
+    loaded = torch.full(offsets.shape, other, dtype=pointer.tensor.dtype)
+    loaded[kept] = pointer.flat()[offsets[kept]]
+    return values(loaded)
+
+
+def store(pointer: Pointer, data: Any, mask: Any = True) -> None:
+    tensors = (torch.as_tensor(value) for value in (pointer.offset, data, mask))
+    offsets, stored, kept = torch.broadcast_tensors(*tensors)
+    pointer.flat()[offsets[kept]] = stored[kept].to(pointer.tensor.dtype)
+
+
+def atomic_add(pointer: Pointer, value: int, sem: str) -> Values:
+    """Programs run one after another, and of a program one thread adds."""
+    before = load(pointer)
+    store(pointer, before + value)
+    return before
 
 
 @dataclass(frozen=True)

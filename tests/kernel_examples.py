@@ -13,11 +13,13 @@ from minivllm_kernels import attention_configs, configs
 from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.checks import HEAD_SIZES
 from minivllm_kernels.mla_decode import mla_decode
+from minivllm_kernels.mla_decode_hopper import mla_decode_hopper
 from minivllm_kernels.norms import add_rms_norm, rms_norm
 from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
-from minivllm_kernels.sampling import MAX_SPLITS, sample
+from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
+from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.split_kv import SplitWorkspace
 from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
@@ -81,6 +83,12 @@ def decode(
     )  # fmt: skip
 
 
+def decode_hopper(paged: Paged, window: int | None = None, soft_cap: float | None = None) -> None:
+    workspace = SplitWorkspace.allocate(CPU, 0, paged.heads[0], paged.head_size)
+    inputs = (paged.q(16), paged.cache(), paged.cache(), ints(16, 32), ints(16), paged.q(16), workspace)
+    paged_decode_hopper(*inputs, window=window, soft_cap=soft_cap)
+
+
 def attend(
     launch: Callable[..., None],
     paged: Paged,
@@ -106,6 +114,13 @@ def mla(heads: int, dtype: torch.dtype = BF16, split_tokens: int | None = None) 
         latent, rope, empty(4, 64, 576, dtype=dtype), ints(16, 32), ints(16), latent, workspace, scale=0.1,
         split_tokens=split_tokens, config=attention_configs.MLA_FLOAT32 if dtype == FP32 else None,
     )  # fmt: skip
+
+
+def mla_hopper(heads: int, dtype: torch.dtype = BF16, block_size: int = 64) -> None:
+    latent, rope = empty(16, heads, 512, dtype=dtype), empty(16, heads, 64, dtype=dtype)
+    workspace = SplitWorkspace.allocate(CPU, 16 * heads * 16, 16, 512)
+    cache = empty(4, block_size, 576, dtype=dtype)
+    mla_decode_hopper(latent, rope, cache, ints(16, 32), ints(16), latent, workspace, scale=0.1)
 
 
 def fused(paged: Paged, has_norm: bool) -> None:
@@ -139,7 +154,7 @@ def draw(dtype: torch.dtype, *filters: str) -> None:
     seeds = torch.empty(16, dtype=torch.int64)
     sample(
         empty(16, 151_936, dtype=dtype), empty(16, dtype=FP32), seeds, seeds, seeds,
-        empty(16, MAX_SPLITS, dtype=torch.int64), ints(16), empty(16, dtype=FP32),
+        empty(16, MAX_TILES, dtype=torch.int64), ints(16), empty(16, dtype=FP32),
         top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
 
@@ -174,6 +189,14 @@ GLUONS = {
     "window, soft cap": partial(GLUON, Paged(), window=100, soft_cap=50.0),
     "fp16": partial(GLUON, Paged(dtype=FP16)),
 }
+GLUON_DECODES = {
+    **{f"d {size}": partial(decode_hopper, Paged(head_size=size)) for size in attention_configs.HOPPER_DECODE},
+    **{f"block {size}": partial(decode_hopper, Paged(block_size=size)) for size in (8, 16, 256)},
+    "9/3 d 64": partial(decode_hopper, Paged(heads=(9, 3), head_size=64)),
+    **{f"{heads}/1": partial(decode_hopper, Paged(heads=(heads, 1))) for heads in (32, 64)},
+    "window, soft cap": partial(decode_hopper, Paged(), window=100, soft_cap=50.0),
+    "fp16": partial(decode_hopper, Paged(dtype=FP16)),
+}
 FILTERS = ("top_k", "top_p", "min_p")
 # Beside these, sm_90 alone: head sizes, types and options change the code, hardly what another GPU makes of it.
 ON_EVERY_GPU = {
@@ -184,7 +207,8 @@ ON_EVERY_GPU = {
 }  # fmt: skip
 
 SPILLS = {  # bytes of stack that we know of and accept: shrink them, never let them grow
-    "prefill d 256": 128, "prefill d 256 block 16": 96, "MLA 128 heads": 96,
+    "prefill d 256": 128, "prefill d 256 block 16": 96, "MLA 128 heads": 96, "Gluon decode 64/1": 448,
+    "Gluon MLA 128 heads": 288,
 }  # fmt: skip
 
 EXAMPLES = [
@@ -198,10 +222,19 @@ EXAMPLES = [
     *(Example(f"Gluon {k}", v) for k, v in GLUONS.items()),
     *(
         Example(
+            f"Gluon decode {k}", v, "_hopper_decode_kernel", partial(attention_configs.HOPPER_DECODE.__getitem__, 128)
+        )
+        for k, v in GLUON_DECODES.items()
+    ),
+    *(
+        Example(
             f"MLA {n} heads", partial(mla, n), "_stream_kernel", partial(attention_configs.mla_config, CPU, n, BF16)
         )
         for n in (16, 32, 128)
     ),
+    *(Example(f"Gluon MLA {n} heads", partial(mla_hopper, n)) for n in (16, 32, 128)),
+    Example("Gluon MLA block 16", partial(mla_hopper, 16, block_size=16)),
+    Example("Gluon MLA fp16", partial(mla_hopper, 16, FP16)),
     Example("MLA, fixed split", partial(mla, 16, split_tokens=512)),
     Example("MLA fp32", partial(mla, 16, FP32)),
     *(Example(f"norm RoPE store d {size}", partial(fused, Paged(head_size=size), True)) for size in HEAD_SIZES),

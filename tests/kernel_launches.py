@@ -12,7 +12,7 @@ from minivllm_kernels.norms import add_rms_norm
 from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
-from minivllm_kernels.sampling import MAX_SPLITS, sample
+from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.split_kv import SplitWorkspace
 from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
@@ -81,12 +81,11 @@ def run_row_kernels() -> None:
         normal(5, 3, 64), case.k_cache, case.v_cache, num_heads=3, num_kv_heads=3, eps=1e-6,
     )  # fmt: skip
     for top_p in (None, torch.full((3,), 0.9, device=DEVICE)):
-        sample(
-            normal(3, 5003), torch.tensor([0.0, 0.7, 1.0], device=DEVICE),
-            *(torch.arange(3, device=DEVICE) for _ in range(3)),
-            torch.empty(3, MAX_SPLITS, dtype=torch.int64, device=DEVICE),
-            torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.empty(3, device=DEVICE), top_p=top_p,
-        )  # fmt: skip
+        rows = torch.arange(3, device=DEVICE)
+        partial_draws = torch.empty(3, MAX_TILES, dtype=torch.int64, device=DEVICE)
+        arrivals, floors = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.empty(3, device=DEVICE)
+        temperatures = torch.tensor([0.0, 0.7, 1.0], device=DEVICE)
+        sample(normal(3, 5003), temperatures, rows, rows, rows, partial_draws, arrivals, floors, top_p=top_p)
 
 
 def run_mla() -> None:

@@ -1,6 +1,7 @@
 """Attention of several queries per request against float64: mixed lengths, odd shapes, NaN wherever no key lies."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 # A prompt, a chunk on a prefix, drafts to verify, a decode, a prompt of one token, a padded row: one launch.
 MIXED = ([33, 20, 5, 1, 1, 0], [33, 97, 40, 130, 1, 0])
 SMALL_TILES = AttentionConfig(rows=32, tile_bytes=4096, num_warps=4, num_stages=2)
-BY_BOX = AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, box_bytes=16384)
+BY_POINTERS = AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2)
+BY_BOX = replace(BY_POINTERS, box=BY_POINTERS)
 
 
 def attend(case: PagedCase, max_query_len: int | None = None, **options: Any) -> torch.Tensor:
@@ -79,7 +81,7 @@ def test_soft_cap_and_scale_are_applied_before_the_mask() -> None:
 
 def test_heads_may_run_before_tiles() -> None:
     case = paged_case(*MIXED, dtype=torch.float16)
-    config = AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, heads_first=True)
+    config = replace(BY_POINTERS, heads_first=True)
     assert relative_error(attend(case, config=config), twin(case)) < TOLERANCE[torch.float16]
 
 

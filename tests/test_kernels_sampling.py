@@ -7,7 +7,7 @@ import pytest
 import torch
 from minivllm_kernels import configs
 from minivllm_kernels.reference import exponential_twin, kept_twin, philox_twin, sample_twin, sampling_words_twin
-from minivllm_kernels.sampling import MAX_SPLITS, sample
+from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.sampling_filters import find_floors
 
 from tests.kernel_cases import DEVICE, DTYPES, HAS_GPU
@@ -47,7 +47,7 @@ def draw(
     """Tokens [B] of the kernel, its workspace poisoned."""
     num_rows = len(logits)
     out = torch.full((num_rows,), -7, dtype=torch.int64, device=DEVICE)
-    partial = torch.full((num_rows, MAX_SPLITS), 2**62, dtype=torch.int64, device=DEVICE)
+    partial = torch.full((num_rows, MAX_TILES), -1, dtype=torch.int64, device=DEVICE)  # two NaN each
     arrivals = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
     floors = torch.full((num_rows,), math.nan, device=DEVICE)
     values = rows(num_rows, temperatures, seeds, positions, filters)
@@ -95,8 +95,8 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
-        ([0, 0, 0, 0], [0, 0], [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+        ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
     ],
 )
 def test_philox_gives_the_words_that_its_authors_publish(counter: list[int], key: list[int], words: list[int]) -> None:
@@ -105,22 +105,28 @@ def test_philox_gives_the_words_that_its_authors_publish(counter: list[int], key
     ] == words
 
 
+def words_of(seeds: torch.Tensor, positions: torch.Tensor, num_items: int, kind: int) -> torch.Tensor:
+    """Random bits of items 0, 1, ... of each row, [B, num_items]."""
+    return sampling_words_twin(seeds, positions, torch.arange(num_items).expand(len(seeds), num_items), kind)
+
+
 def test_small_exponentials_are_as_many_as_they_should_be() -> None:
-    words = sampling_words_twin(torch.arange(64), torch.full((64,), 9), 2**15)
-    noise = exponential_twin(words).flatten()
+    noise = exponential_twin(words_of(torch.arange(64), torch.full((64,), 9), 2**14, 0)).flatten()
     assert abs(float(noise.mean()) - 1) < 4 / math.sqrt(len(noise))
     for limit in (1e-5, 1e-4, 1e-2, 1.0, 5.0):
         expected = len(noise) * -math.expm1(-limit)
         assert abs(int((noise < limit).sum()) - expected) < 4 * math.sqrt(expected)
 
 
-@pytest.mark.parametrize("neighbour", ["seed", "position", "token", "lane"])
+@pytest.mark.parametrize("neighbour", ["seed", "position", "item", "kind"])
 def test_neighbours_have_unrelated_noise(neighbour: str) -> None:
     seeds, positions = torch.arange(65), torch.full((65,), 3)
-    words = sampling_words_twin(*((positions, seeds) if neighbour == "position" else (seeds, positions)), 4096)
-    uniform = words.double() / 2**32 - 0.5
-    shift = {"seed": (1, 0), "position": (1, 0), "token": (0, 1), "lane": (0, 256)}[neighbour]
-    pairs = uniform[shift[0] :, shift[1] :] * uniform[: 65 - shift[0], : 4096 - shift[1]] * 12
+    if neighbour == "position":
+        seeds, positions = positions, seeds
+    one = words_of(seeds, positions, 4096, 0)
+    other = words_of(seeds, positions, 4096, 1) if neighbour == "kind" else one
+    rows, items = {"seed": (1, 0), "position": (1, 0), "item": (0, 1), "kind": (0, 0)}[neighbour]
+    pairs = (one[rows:, items:] / 2**32 - 0.5) * (other[: 65 - rows, : 4096 - items] / 2**32 - 0.5) * 12
     assert abs(float(pairs.mean())) < 4 / math.sqrt(pairs.numel())
 
 
@@ -143,6 +149,27 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says() -> None:
     assert chi_square(many[:4096].bincount(minlength=16), torch.softmax(logits[0].double() / 0.8, -1) * 4096) < 4
 
 
+def test_tiles_win_as_often_as_their_mass_says() -> None:
+    logits = normal(1, 5000, scale=1.0)
+    logits[0, 1024:2048], logits[0, 2048:3072] = -math.inf, logits[0, :1024]  # an empty tile, two of one mass
+    logits[0, 3500] = 6.0  # as much as 250 others
+    draws = 4096
+    tokens = twin(logits.expand(draws, 5000), 0.9)
+    share = torch.softmax(logits[0].double() / 0.9, -1) * draws
+    bins = torch.arange(5000) // 512  # the halves of each tile
+    expected = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, share)
+    is_filled = expected > 0
+    counts = bins[tokens].bincount(minlength=10)
+    assert int(counts[~is_filled].sum()) == 0 and chi_square(counts[is_filled], expected[is_filled]) < 4
+    assert abs(int((tokens == 3500).sum()) - share[3500]) < 4 * math.sqrt(share[3500])
+    assert torch.equal(draw(logits.expand(24, 5000), 0.9), tokens[:24])
+
+
+def test_only_differences_of_logits_count() -> None:
+    logits = (normal(4, 2500) * 64).round() / 64  # so that no sum below rounds
+    assert torch.equal(draw(logits + 4096, 0.7), draw(logits, 0.7))
+
+
 @pytest.mark.parametrize("changing", ["seeds", "positions"])
 def test_neighbouring_rows_draw_independently(changing: str) -> None:
     logits = torch.zeros(4097, 4)
@@ -157,29 +184,31 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
     assert [int(draw(logits[r : r + 1], 0.9, [9 - r], [1 + r])) for r in (1, 4)] == together[[1, 4]].tolist()
 
 
-@pytest.mark.parametrize(("counters", "programs_per_sm"), [(256, 3), (512, 1), (1024, 2), (2048, 1)])
-def test_tiles_and_splits_change_nothing(counters: int, programs_per_sm: int) -> None:
+@pytest.mark.parametrize(("tiles", "programs_per_sm", "stages"), [(1, 1, 1), (1, 3, 2), (2, 1, 3), (4, 1, 1)])
+def test_tiles_and_splits_change_nothing(tiles: int, programs_per_sm: int, stages: int) -> None:
     logits = normal(3, 9001)
-    other = replace(CONFIG, counters=counters, programs_per_sm=programs_per_sm)
+    other = replace(CONFIG, tiles=tiles, num_warps=4, programs_per_sm=programs_per_sm, stages=stages)
     assert torch.equal(draw(logits, [0.7, 0.0, 1.5], config=other), draw(logits, [0.7, 0.0, 1.5]))
 
 
-@pytest.mark.parametrize("counters", [256, 1024])
-def test_greedy_takes_the_lowest_of_equal_tokens(counters: int) -> None:
+@pytest.mark.parametrize("programs_per_sm", [1, 3])
+def test_greedy_takes_the_lowest_of_equal_tokens(programs_per_sm: int) -> None:
     logits = torch.full((4, 4200), -1.0)
     logits[0, [300, 1030, 4100]] = 2.5
     logits[1, [1, 0]] = torch.tensor([0.0, -0.0])  # equal, whatever their signs
     logits[2] = torch.arange(4200).flip(0) / 7
-    tokens = draw(logits, 0.0, config=replace(CONFIG, counters=counters, programs_per_sm=3))
-    assert tokens.tolist() == [300, 0, 0, 0]
+    logits[3, 1023] = math.inf
+    tokens = draw(logits, 0.0, config=replace(CONFIG, tiles=1, programs_per_sm=programs_per_sm))
+    assert tokens.tolist() == [300, 0, 0, 1023]
 
 
 def test_masked_tokens_are_never_drawn() -> None:
-    logits = torch.full((3, 2049), -math.inf)
+    logits = torch.full((4, 2049), -math.inf)
     logits[0, 2048] = -50.0
     logits[1, [5, 1500]] = 1.0
-    tokens = draw(logits, [1.0, 1.0, 1.0])
-    assert tokens[0] == 2048 and int(tokens[1]) in (5, 1500)
+    logits[3, 7] = math.inf
+    tokens = draw(logits, 1.0)
+    assert tokens[0] == 2048 and int(tokens[1]) in (5, 1500) and tokens[3] == 7
     assert tokens[2] == 0  # nothing to draw from: in range, as torch.argmax
 
 
@@ -198,8 +227,9 @@ def test_a_high_temperature_is_uniform_and_a_low_one_greedy() -> None:
 
 def test_rows_may_be_strided_and_the_output_narrow() -> None:
     wide = normal(3, 2 * 1200)
+    wide[:, :1200] = math.inf  # whoever reads past a row draws this
     out = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    partial = torch.zeros(3, MAX_SPLITS, dtype=torch.int64, device=DEVICE)
+    partial = torch.zeros(3, MAX_TILES, dtype=torch.int64, device=DEVICE)
     arrivals = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     values = rows(3)
     sample(wide.to(DEVICE)[:, 1200:], values["temperatures"], values["seeds"], values["positions"].int(), out, partial,
@@ -244,6 +274,17 @@ def test_ties_at_a_limit_stay_together() -> None:
     assert (logits > floors[:, None]).sum(dim=1).tolist() == [41, 41, 41]
 
 
+def test_the_best_tokens_may_share_a_group() -> None:
+    group = CONFIG.filter_tile  # tokens that far apart meet in one register of the first read
+    logits = normal(3, 4 * group + 77, scale=1.0)
+    logits[:, 5::group] = torch.tensor([9.0, 7.5, 8.0, 8.5, 7.0])
+    logits[1, 6::group] = torch.tensor([7.25, 8.75, 7.75, 8.25, 7.0])
+    temperatures = [1.0, 0.5, 0.9]
+    floors = floors_of(logits, temperatures, {"top_k": [4, 9, 0], "top_p": [1.0, 1.0, 0.6]})
+    for row, (top_k, top_p) in enumerate([(4, 1.0), (9, 1.0), (0, 0.6)]):
+        assert torch.equal(logits[row] > floors[row], kept_twin(logits[row], temperatures[row], top_k, top_p, 0.0))
+
+
 def test_masked_and_lowest_finite_logits_do_not_disturb_a_filter() -> None:
     logits = normal(2, 900)
     logits[0, 100:800], logits[1, 50:] = -math.inf, torch.finfo(torch.float32).min
@@ -267,7 +308,7 @@ def test_masked_and_lowest_finite_logits_do_not_disturb_a_filter() -> None:
 def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:
     right = {"logits": torch.ones(2, 8), "temperatures": torch.ones(2), "seeds": torch.ones(2, dtype=torch.int64),
              "positions": torch.ones(2, dtype=torch.int64), "out": torch.ones(2, dtype=torch.int64),
-             "partial": torch.ones(2, MAX_SPLITS, dtype=torch.int64),
+             "partial": torch.ones(2, MAX_TILES, dtype=torch.int64),
              "arrivals": torch.zeros(2, dtype=torch.int32)}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         sample(config=CONFIG, **{name: tensor.to(DEVICE) for name, tensor in {**right, **change}.items()})

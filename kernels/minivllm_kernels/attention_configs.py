@@ -48,6 +48,7 @@ class PrefixConfig:
     num_warps: int
     num_stages: int
     own: DecodeConfig
+    stream: "HopperDecodeConfig | None" = None  # for own keys by equal shares instead, where paged_decode_hopper fits
     own_split_tokens: int = 1024
     most_splits: int = 8
 
@@ -119,6 +120,34 @@ def mla_config(device: torch.device, num_heads: int, dtype: torch.dtype) -> MlaC
 
 
 @dataclass(frozen=True)
+class MlaHopperConfig:
+    """How `mla_decode_hopper` runs: packs of 8 kB boxes beside 1152 bytes of queries a head fill a multiprocessor."""
+
+    heads: int  # query heads of a group of four warps
+    groups: int
+    pack: int  # boxes that share a barrier, of a tile's 9
+    places: int  # packs of the ring
+    least_tiles: int = 4
+
+    @property
+    def registers(self) -> int:
+        """Of a thread at launch; the fetching warps then hand most of theirs to the groups."""
+        return 152 if self.groups == 1 else 168
+
+
+MLA_HOPPER = {  # by heads of one program; to be measured
+    16: MlaHopperConfig(heads=16, groups=1, pack=3, places=8),
+    32: MlaHopperConfig(heads=32, groups=1, pack=3, places=7),
+    64: MlaHopperConfig(heads=32, groups=2, pack=1, places=17),
+}
+
+
+def mla_hopper_config(num_heads: int) -> MlaHopperConfig:
+    """20 heads take the entry of 32 heads, 128 that of 64."""
+    return MLA_HOPPER[next((heads for heads in MLA_HOPPER if heads >= num_heads), max(MLA_HOPPER))]
+
+
+@dataclass(frozen=True)
 class HopperAttentionConfig:
     """How `paged_attention_hopper` runs: 2 * head size * (128 + 2 * num_stages * tile) bytes of shared memory."""
 
@@ -137,25 +166,62 @@ HOPPER_ATTENTION = {  # by head size; to be measured
 
 
 @dataclass(frozen=True)
+class HopperDecodeConfig:
+    """How `paged_decode_hopper` runs: a program's shared memory is a ring of tiles, of K and of V in turn."""
+
+    tile_bytes: int  # of K or of V, one entry of the ring: a multiple of 64 tokens
+    programs_per_sm: int
+    box_tokens: int  # that one copy fetches: large boxes are fewer copies, small ones end nearer to the last token
+    least_tiles: int = 4  # the shortest stretch worth a program: shorter ones cost more to merge than they save
+
+    def tile_tokens(self, head_size: int) -> int:
+        """Keys of a tile of 16-bit floats."""
+        return self.tile_bytes // (2 * head_size)
+
+    def num_stages(self, head_size: int, heads: int) -> int:
+        """Entries of the ring: what two tiles of queries, one of weights, barriers and scratch leave free."""
+        free = 233_472 // self.programs_per_sm - 1024 - 2048  # an SM has 228 kB, the driver takes 1 kB a program
+        tile = self.tile_tokens(head_size)
+        return (free - 2 * heads * (2 * head_size + tile)) // self.tile_bytes
+
+    @property
+    def registers(self) -> int:
+        """Of each of a program's 256 threads at launch."""
+        return min(128, 65_536 // (256 * self.programs_per_sm) // 8 * 8)
+
+
+HOPPER_DECODE = {  # by head size; to be measured
+    64: HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32),
+    128: HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32),
+}
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
-    """How `paged_attention` runs: on Hopper one program fills an SM, both warp groups on the same K and V."""
+    """How `paged_attention` runs: two programs an SM where registers allow."""
 
     rows: int  # (token, query head) pairs of a tile
     tile_bytes: int  # of K, and as many of V: 16 kB are 64 tokens of head size 128 in bf16
     num_warps: int
     num_stages: int
-    box_bytes: int = 0  # the same for tiles fetched by a tensor descriptor; 0: never by one
+    most_tokens: int = 128  # of a tile: narrow heads would take more
     q_bytes: int = 65536  # of queries: wide heads take fewer rows
+    registers: int | None = None  # a thread at most
     heads_first: bool = False  # neighbouring programs take the heads of one tile, or else the tiles of one head
+    box: "AttentionConfig | None" = None  # instead, where a tensor descriptor can fetch the tiles
 
     def tile_rows(self, row_bytes: int, group: int) -> int:
         """Rows of a tile, at least one token's heads."""
         return max(min(self.rows, self.q_bytes // row_bytes), next_power_of_2(group))
 
-    def tile_tokens(self, row_bytes: int, block_size: int | None = None) -> int:
-        """Keys of a tile, at least the 16 a tensor core wants; given a block size, one that a descriptor fetches."""
-        by_pointers = min(128, self.tile_bytes // row_bytes)
-        return max(16, by_pointers if block_size is None else min(128, self.box_bytes // row_bytes, block_size))
+    def tile_tokens(self, row_bytes: int) -> int:
+        """Keys of a tile, at least the 16 a tensor core wants."""
+        return max(16, min(self.most_tokens, self.tile_bytes // row_bytes))
+
+    @property
+    def compile_options(self) -> dict[str, int | None]:
+        """What the compiler is told beside the tile sizes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers}
 
 
 # By the most rows a request can have: decodes and a few drafts; many drafts or a short prompt; prompts.
@@ -167,21 +233,35 @@ ATTENTION_BY_MMA = {
 ATTENTION = {
     "hopper": {
         16: AttentionConfig(rows=16, tile_bytes=16384, num_warps=4, num_stages=3),
-        64: AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, box_bytes=16384),
-        128: AttentionConfig(rows=128, tile_bytes=16384, num_warps=8, num_stages=2, box_bytes=32768),
+        64: AttentionConfig(
+            rows=64, tile_bytes=16384, num_warps=4, num_stages=2,
+            box=AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2),
+        ),
+        128: AttentionConfig(
+            rows=128, tile_bytes=16384, num_warps=8, num_stages=3,
+            box=AttentionConfig(
+                rows=128, tile_bytes=16384, num_warps=4, num_stages=2, most_tokens=64, q_bytes=32768
+            ),
+        ),
     },
     "blackwell": {
         16: AttentionConfig(rows=16, tile_bytes=16384, num_warps=4, num_stages=3),
         64: AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2),
-        128: AttentionConfig(rows=128, tile_bytes=16384, num_warps=8, num_stages=2, box_bytes=32768),
+        128: AttentionConfig(
+            rows=128, tile_bytes=16384, num_warps=8, num_stages=2,
+            box=AttentionConfig(rows=128, tile_bytes=32768, num_warps=8, num_stages=2),
+        ),
     },
     "ampere": ATTENTION_BY_MMA,
     "consumer": ATTENTION_BY_MMA,
     "interpreter": {
         16: AttentionConfig(rows=16, tile_bytes=8192, num_warps=4, num_stages=1),
-        64: AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=1, box_bytes=16384),
+        64: AttentionConfig(
+            rows=64, tile_bytes=16384, num_warps=4, num_stages=1,
+            box=AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=1),
+        ),
     },
-}
+}  # fmt: skip
 ATTENTION_FLOAT32 = AttentionConfig(rows=16, tile_bytes=8192, num_warps=8, num_stages=1)  # exact: no tensor cores, slow
 
 

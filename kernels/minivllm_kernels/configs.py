@@ -87,12 +87,13 @@ def norm_warps(device: torch.device, padded_width: int) -> int:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How `sample` runs: one warp per program, as many programs as registers allow, since it is bound by arithmetic."""
+    """How `sample` runs: as many warps as registers allow, each with a tile of 1,024 logits under way."""
 
-    counters: int  # per program and round, each four tokens: 256 a warp are one 16-byte load of bf16 per word
-    num_warps: int
-    programs_per_sm: int
-    filter_tile: int  # logits per round of the filters, whose one program per row has a whole multiprocessor
+    tiles: int  # per program and round
+    num_warps: int  # as many as tiles, or half as many: a warp that shares a tile waits for others
+    programs_per_sm: int  # one wave of them shares all rows
+    stages: int  # of the loop over tiles: 1 leaves it to other warps to fill the wait, more copies tiles ahead
+    filter_tile: int  # logits per round of the filters, which are one program per row
     filter_warps: int
 
     def programs(self, device: torch.device) -> int:
@@ -100,12 +101,13 @@ class SamplerConfig:
         return self.programs_per_sm * num_multiprocessors(device)
 
 
+# Bound by memory on every GPU.
 SAMPLER = {
-    "hopper": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
-    "blackwell": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
-    "ampere": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
-    "consumer": SamplerConfig(counters=256, num_warps=1, programs_per_sm=12, filter_tile=4096, filter_warps=16),
-    "interpreter": SamplerConfig(counters=256, num_warps=1, programs_per_sm=1, filter_tile=1024, filter_warps=4),
+    "hopper": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=4096, filter_warps=16),
+    "blackwell": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=4096, filter_warps=8),
+    "ampere": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=4096, filter_warps=16),
+    "consumer": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=8, stages=1, filter_tile=4096, filter_warps=16),
+    "interpreter": SamplerConfig(tiles=2, num_warps=4, programs_per_sm=1, stages=1, filter_tile=1024, filter_warps=4),
 }
 
 

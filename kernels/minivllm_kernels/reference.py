@@ -4,6 +4,8 @@ import math
 
 import torch
 
+SAMPLING_TILE = 1024  # tokens that race as one first
+
 
 def paged_attention_twin(
     q: torch.Tensor,  # [T, H, D]
@@ -84,7 +86,7 @@ def mla_decode_twin(
     return out
 
 
-def philox_twin(counter: list[torch.Tensor], key: list[torch.Tensor], num_rounds: int = 7) -> list[torch.Tensor]:
+def philox_twin(counter: list[torch.Tensor], key: list[torch.Tensor], num_rounds: int = 10) -> list[torch.Tensor]:
     """Philox4x32 (Salmon et al. 2011): four 32-bit words from four of `counter` and two of `key`, all held in int64."""
     mask = 2**32 - 1
     c0, c1, c2, c3 = counter
@@ -96,22 +98,17 @@ def philox_twin(counter: list[torch.Tensor], key: list[torch.Tensor], num_rounds
     return [c0, c1, c2, c3]
 
 
-def sampling_words_twin(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """The 32 random bits of every token, [B, vocab] int64: token 1024a + 256w + l takes word w of counter 256a + l."""
+def sampling_words_twin(seeds: torch.Tensor, positions: torch.Tensor, items: torch.Tensor, kind: int) -> torch.Tensor:
+    """The 32 random bits of each row's items [B, n] (tokens are of kind 0, tiles of kind 1), in int64."""
     mask = 2**32 - 1
-    token = torch.arange(vocab, device=seeds.device)
-    counter = (token // 1024 * 256 + token % 256).expand(len(seeds), vocab)
-    seed, position = seeds.long()[:, None].expand_as(counter), positions.long()[:, None].expand_as(counter)
-    words = philox_twin(
-        [counter, position & mask, position >> 32 & mask, torch.zeros_like(counter)], [seed & mask, seed >> 32 & mask]
-    )
-    return torch.stack(words).gather(0, (token // 256 % 4).expand_as(counter)[None])[0]
+    seed, position = (values.long()[:, None].expand_as(items) for values in (seeds, positions))
+    counter = [items, position & mask, position >> 32 & mask, torch.full_like(items, kind)]
+    return philox_twin(counter, [seed & mask, seed >> 32 & mask])[0]
 
 
 def exponential_twin(words: torch.Tensor) -> torch.Tensor:
-    """E = -log(1 - x) ~ Exp(1) in float64, x in (0, 1) from 32 random bits of which the last 23 count most."""
-    bits = (words << 9 | words >> 23) & (2**32 - 1)
-    return -torch.log1p(-(bits + 0.5) / 2**32)
+    """E = -log(1 - x) ~ Exp(1) in float64, x in (0, 1) from 32 random bits."""
+    return -torch.log1p(-(words + 0.5) / 2**32)
 
 
 def kept_twin(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -137,9 +134,9 @@ def sample_twin(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The token of each row that wins the race logit / temperature - log(E) among those the filters keep, [B]."""
-    noise = -torch.log(exponential_twin(sampling_words_twin(seeds, positions, logits.shape[1])))
-    tokens = []
+    """The token of each row: a race of weight / E among its tiles of 1024 tokens, then one inside the winner, [B]."""
+    num_tiles = -(-logits.shape[1] // SAMPLING_TILE)
+    weights = torch.zeros(len(logits), num_tiles * SAMPLING_TILE, dtype=torch.float64, device=logits.device)
     for row, temperature in enumerate(temperatures.tolist()):
         keys = logits[row].double()
         if temperature > 0:
@@ -147,7 +144,14 @@ def sample_twin(
                 default if values is None else values[row].item()
                 for values, default in ((top_k, 0), (top_p, 1.0), (min_p, 0.0))
             )
-            is_kept = kept_twin(logits[row], temperature, int(k), p, least)
-            keys = (keys / max(temperature, 1e-5) + noise[row]).where(is_kept, -math.inf)
-        tokens.append(int(keys.argmax()))
-    return torch.tensor(tokens, device=logits.device)
+            keys = ((keys - keys.max()) / max(temperature, 1e-5)).exp()
+            weights[row, : len(keys)] = keys.where(kept_twin(logits[row], temperature, int(k), p, least), 0.0)
+        else:
+            weights[row, keys.argmax()] = 1.0
+    tiles = torch.arange(num_tiles, device=logits.device).expand(len(logits), num_tiles)
+    noise = exponential_twin(sampling_words_twin(seeds, positions, tiles, 1))
+    winner = (weights.unflatten(1, (-1, SAMPLING_TILE)).sum(dim=2) / noise).argmax(dim=1)
+    tokens = winner[:, None] * SAMPLING_TILE + torch.arange(SAMPLING_TILE, device=logits.device)
+    noise = exponential_twin(sampling_words_twin(seeds, positions, tokens, 0))
+    best = (weights.gather(1, tokens) / noise).argmax(dim=1, keepdim=True)
+    return tokens.gather(1, best)[:, 0]

@@ -6,12 +6,16 @@ Every filter keeps the tokens above some logit (ties stand or fall together), so
              dropped, known         pivots: count or mass above         kept, known
 
 A pivot is kept if the tokens above it number less than k, or hold less than top_p of the mass. One read of the row
-judges four pivots, which shrinks the bracket (low, high] to a quarter of its width and to half of the floats in it.
-The search ends when one token, or one value, is left in the bracket: after 4 to 9 reads, 33 at the very most.
+judges four pivots, which shrinks the bracket (low, high] to a quarter of its width or to half of the floats in it.
+The search ends when one token, or one value, is left in the bracket.
+Most of it is over before it starts: the first read leaves the largest logit of each of TILE groups in registers, and
+what lies above a pivot there lies above it in the row. Few tokens share a group with a larger one, so the floor that
+these few call for is a `low` that only misses by those, and the next of them a good first pivot.
 Order and ties as in the engine: temperature, min_p, top_k, then top_p of the mass that is left.
 
-One program per row, whose V * itemsize bytes stay in the L2 cache: one read for the largest logit, 4 to 9 for top_k,
-as many and one for top_p. min_p costs no search.
+One program per row. Reads of V * itemsize bytes, from the L2 cache in part: one for the groups, 1 or 2 for top_k, one
+and 1 or 2 for top_p; up to 8 where the floor lies deep among many tokens, as top_p of a nearly flat row does.
+min_p costs no search.
 Masses are sums in fp32: a token whose exact cumulative mass is within 1e-5 of top_p may fall on either side.
 """
 
@@ -27,7 +31,7 @@ MAX_COUNT = 2**24  # counts are sums of fp32 ones
 
 
 @triton.jit
-def image(x):
+def _image(x):
     """An int32 that is ordered as the fp32 `x` is."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -41,31 +45,54 @@ def _float_at(code):
 
 
 @triton.jit
+def _load(row_ptr, first, V, TILE: tl.constexpr):
+    """Logits [1, TILE / 8, 8] from `first` on, eight in a row to a thread, -inf past the vocabulary."""
+    token = first + tl.arange(0, TILE // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    return tl.load(row_ptr + token, mask=token < V, other=float("-inf"))
+
+
+@triton.jit
 def _sums_above(row_ptr, V, pivots, top, scale, TILE: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Count and mass (the largest token's is 1) of the logits above each of pivots [P, 1]: two of [P]."""
-    counts = tl.zeros((pivots.shape[0], TILE), tl.float32)
-    masses = tl.zeros((pivots.shape[0], TILE), tl.float32)
-    for first in tl.range(0, V, TILE, num_stages=3):
-        token = first + tl.arange(0, TILE)[None, :]
-        logits = tl.load(row_ptr + token, mask=token < V, other=float("-inf")).to(tl.float32)  # [1, TILE]
-        is_above = (logits > pivots).to(tl.float32)  # [P, TILE]; 0 or 1: one instruction, and a factor below
-        counts += is_above
+    """Count and mass (the largest token's is 1) of the logits above each of pivots [P]: two of [P]."""
+    counts = tl.zeros((pivots.shape[0], TILE // 8), tl.float32)
+    masses = tl.zeros((pivots.shape[0], TILE // 8), tl.float32)
+    tile = _load(row_ptr, 0, V, TILE)
+    for first in range(0, V, TILE):
+        logits = tile.to(tl.float32)
+        tile = _load(row_ptr, first + TILE, V, TILE)  # on its way while this one is counted
+        is_above = (logits > pivots[:, None, None]).to(tl.float32)  # [P, TILE / 8, 8]; 0 or 1, and a factor below
+        counts += tl.sum(is_above, axis=2)
         if WEIGHTED:
-            masses += is_above * tl.exp2((logits - top) * scale)
+            masses += tl.sum(is_above * tl.exp2((logits - top) * scale), axis=2)
     return tl.sum(counts, axis=1), tl.sum(masses, axis=1)
 
 
 @triton.jit
+def _raise_in_groups(groups, low, target, top, scale, STEP: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Raise `low` as far as the largest logits of the groups alone hold `target` above it."""
+    high = top
+    while _image(high).to(tl.int64) - _image(low).to(tl.int64) > STEP:
+        middle = _float_at((_image(low).to(tl.int64) + _image(high).to(tl.int64)) >> 1)
+        value = tl.exp2((groups - top) * scale) if WEIGHTED else 1.0
+        is_kept = tl.sum(tl.where(groups > middle, value, 0.0)) < target
+        low, high = tl.where(is_kept, low, middle), tl.where(is_kept, middle, high)
+    return low
+
+
+@triton.jit
 def _raise_floor(
-    row_ptr, V, low, num_low, target, top, scale, STEP: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr
+    row_ptr, V, groups, low, target, top, scale, STEP: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """Raise `low` to just under the smallest logit with count or mass above it less than `target`; top is kept."""
-    high, num_high = top, tl.zeros((), tl.float32)
-    while (num_low - num_high > 1) & (image(high).to(tl.int64) - image(low).to(tl.int64) > STEP):
+    low = _raise_in_groups(groups, low, target, top, scale, STEP, WEIGHTED)
+    high, num_low, num_high = top, tl.full((), float("inf"), tl.float32), tl.zeros((), tl.float32)
+    while (num_low - num_high > 1) & (_image(high).to(tl.int64) - _image(low).to(tl.int64) > STEP):
         step = tl.arange(0, PIVOTS)
-        middle = _float_at((image(low).to(tl.int64) + image(high).to(tl.int64)) >> 1)  # bounds the number of reads
-        pivots = tl.where(step == PIVOTS - 1, middle, low + (high - low) * ((step + 1) / PIVOTS))
-        counts, masses = _sums_above(row_ptr, V, pivots[:, None], top, scale, TILE, WEIGHTED)
+        middle = _float_at((_image(low).to(tl.int64) + _image(high).to(tl.int64)) >> 1)  # bounds the number of reads
+        following = tl.min(tl.where(groups > low, groups, high))  # the next token, unless a group hides it
+        guess = tl.where(following < high, following, middle)
+        pivots = tl.where(step == 0, guess, low + (high - low) * (step / PIVOTS))
+        counts, masses = _sums_above(row_ptr, V, pivots, top, scale, TILE, WEIGHTED)
         is_kept = (masses if WEIGHTED else counts) < target
         low = tl.maximum(low, tl.max(tl.where(is_kept, low, pivots)))
         high = tl.minimum(high, tl.min(tl.where(is_kept, pivots, high)))
@@ -75,17 +102,17 @@ def _raise_floor(
 
 
 @triton.jit
-def _extremes(row_ptr, V, TILE: tl.constexpr):
-    """The row's smallest and largest logit above -1e30 (what lies lower means -inf), and how many there are."""
-    lows, highs = tl.full((TILE,), float("inf"), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
-    counts = tl.zeros((TILE,), tl.float32)
-    for first in tl.range(0, V, TILE, num_stages=3):
-        token = first + tl.arange(0, TILE)
-        logits = tl.load(row_ptr + token, mask=token < V, other=float("-inf")).to(tl.float32)
+def _groups(row_ptr, V, TILE: tl.constexpr):
+    """The largest logit of each group [1, TILE / 8, 8], and the row's smallest above -1e30 (lower means -inf)."""
+    lows = tl.full((1, TILE // 8, 8), float("inf"), tl.float32)
+    highs = tl.full((1, TILE // 8, 8), float("-inf"), tl.float32)
+    tile = _load(row_ptr, 0, V, TILE)
+    for first in range(0, V, TILE):
+        logits = tile.to(tl.float32)
+        tile = _load(row_ptr, first + TILE, V, TILE)
         highs = tl.maximum(highs, logits)
         lows = tl.minimum(lows, tl.where(logits > -1e30, logits, float("inf")))
-        counts += (logits > -1e30).to(tl.float32)
-    return tl.min(lows), tl.max(highs), tl.sum(counts)
+    return highs, tl.min(lows)
 
 
 @triton.jit
@@ -103,20 +130,17 @@ def _floor_kernel(
     min_p = tl.load(min_p_ptr + row) if min_p_ptr is not None else tl.zeros((), tl.float32)
     floor = tl.full((), float("-inf"), tl.float32)
     if (temperature > 0) & (((top_k > 0) & (top_k < V)) | (top_p < 1) | (min_p > 0)):
-        bottom, top, count = _extremes(row_ptr, V, TILE)
+        groups, bottom = _groups(row_ptr, V, TILE)
+        top = tl.max(groups)
         if (top > -1e30) & (top < 1e30):
-            low = _float_at(image(bottom) - STEP)
+            low = _float_at(_image(bottom) - STEP)
             if min_p > 0:
-                low = tl.maximum(low, _float_at(image(top + tl.log2(min_p) / scale) - 1))  # kept at equality
-            if (min_p > 0) & (top_k > 0):
-                counts, _ = _sums_above(row_ptr, V, tl.zeros((1, 1), tl.float32) + low, top, scale, TILE, False)
-                count = tl.sum(counts)
-            if (top_k > 0) & (top_k < count):  # else all that is left is among the first k
-                low = _raise_floor(row_ptr, V, low, count, top_k, top, scale, STEP, TILE, False)
+                low = tl.maximum(low, _float_at(_image(top + tl.log2(min_p) / scale) - 1))  # kept at equality
+            if (top_k > 0) & (top_k < V):
+                low = _raise_floor(row_ptr, V, groups, low, top_k, top, scale, STEP, TILE, False)
             if top_p < 1:
-                counts, masses = _sums_above(row_ptr, V, tl.zeros((1, 1), tl.float32) + low, top, scale, TILE, True)
-                target = top_p * tl.sum(masses)
-                low = _raise_floor(row_ptr, V, low, tl.sum(counts), target, top, scale, STEP, TILE, True)
+                _, mass = _sums_above(row_ptr, V, tl.full((1,), 0.0, tl.float32) + low, top, scale, TILE, True)
+                low = _raise_floor(row_ptr, V, groups, low, top_p * tl.sum(mass), top, scale, STEP, TILE, True)
             floor = low
     tl.store(floors_ptr + row, floor)
 

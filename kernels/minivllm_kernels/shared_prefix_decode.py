@@ -12,18 +12,23 @@ parts of both merge exactly (Ye et al., "Cascade Inference", FlashInfer 2024).
 Bytes per token and layer: 2 * Hkv * D * itemsize, each *distinct* key once, and the prefix's fp32 parts twice.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from minivllm_kernels.attention_configs import PrefixConfig, prefix_config
+from minivllm_kernels.attention_configs import HopperDecodeConfig, PrefixConfig, prefix_config
 from minivllm_kernels.checks import check_index, require
 from minivllm_kernels.configs import num_multiprocessors
+from minivllm_kernels.paged_decode_hopper import launch_stream, unfit_for_hopper
 from minivllm_kernels.split_kv import (
+    DecodeArguments,
     SplitWorkspace,
     attend_tiles,
     decode_arguments,
     merge_chunks,
+    shared_keys,
     store_chunks,
     store_part,
 )
@@ -34,7 +39,8 @@ def prefix_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, prefix_ptr, group_starts_ptr, parts_ptr, lse_ptr, num_groups, num_slots,
     scale, soft_cap, stride_q, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PREFIX_TILE: tl.constexpr, HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, split of the prefix, tile of ROWS queries of one group)."""
     head, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -49,7 +55,7 @@ def prefix_kernel(
         first = tl.load(group_starts_ptr + group)
         size = tl.load(group_starts_ptr + group + 1) - first
         tile -= tl.sum(tl.where(groups == group, ends - tiles, 0))
-        prefix = tl.load(prefix_ptr + first)
+        prefix = shared_keys(prefix_ptr, first, PREFIX_TILE)
         if prefix > 0:
             rows, columns = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
             requests, heads = (first + rows // GROUP).to(tl.int64), rows % GROUP  # row = (request, head in its group)
@@ -101,23 +107,73 @@ def shared_prefix_decode(
     arguments = decode_arguments(*inputs, out, scale, None, soft_cap, config.own)
     check_index("prefix_tokens", prefix_tokens, (len(q),), q.device)
     check_index("group_starts", group_starts, (len(group_starts),), q.device)
-    num_groups, num_kv_heads = len(group_starts) - 1, k_cache.shape[2]
-    require(num_groups > 0, "group_starts needs G + 1 entries, from 0 to the number of requests")
-    row_tiles = triton.cdiv(len(q) * arguments.shape["GROUP"], config.rows) + num_groups - 1
-    num_splits = config.num_splits(num_kv_heads * row_tiles, num_multiprocessors(q.device))
-    slots = (num_splits, num_splits + triton.cdiv(max_own_tokens, config.own_split_tokens))
-    workspace.require_room(q.shape[0] * q.shape[1] * slots[1], q.shape[2])
+    require(len(group_starts) >= 2, "group_starts needs G + 1 entries, from 0 to the number of requests")
+    cuts = _cut(inputs, len(group_starts) - 1, max_own_tokens, config)
+    num_cut_rows = 2 * cuts.num_programs * arguments.shape["GROUP"]
+    workspace.require_room(num_cut_rows + q.shape[0] * q.shape[1] * cuts.num_slots, q.shape[2])
+    parts = workspace.behind(num_cut_rows)
     reading = arguments.reading | config.reading(arguments.shape["COLS"] * q.element_size())
     del reading["HAS_WINDOW"]
     if side_stream is not None:
         side_stream.wait_stream(torch.cuda.current_stream(q.device))
     with torch.cuda.stream(side_stream):
-        prefix_kernel[(num_kv_heads, num_splits, row_tiles)](
-            q, k_cache, v_cache, block_table, prefix_tokens, group_starts, workspace.parts, workspace.lse,
-            num_groups, slots[1], *arguments.numbers[:2], *arguments.strides,
-            GROUPS=triton.next_power_of_2(num_groups), **arguments.shape, **reading,
+        prefix_kernel[(k_cache.shape[2], cuts.num_splits, cuts.row_tiles)](
+            q, k_cache, v_cache, block_table, prefix_tokens, group_starts, parts.parts, parts.lse,
+            len(group_starts) - 1, cuts.num_slots, *arguments.numbers[:2], *arguments.strides,
+            GROUPS=triton.next_power_of_2(len(group_starts) - 1), PREFIX_TILE=cuts.prefix_tile,
+            **arguments.shape, **reading,
         )  # fmt: skip
-    store_chunks(inputs, prefix_tokens, workspace, arguments, config.own_split_tokens, *slots)
+    _store_own(inputs, prefix_tokens, workspace, parts, arguments, cuts)
     if side_stream is not None:
         torch.cuda.current_stream(q.device).wait_stream(side_stream)
-    merge_chunks(inputs, prefix_tokens, out, workspace, arguments, config.own_split_tokens, *slots)
+    slots = (cuts.split_tokens, cuts.num_splits, cuts.num_slots, cuts.prefix_tile)
+    merge_chunks(inputs, prefix_tokens, out, parts, arguments, *slots)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Where a launch cuts its keys."""
+
+    row_tiles: int  # tiles of queries against the prefixes
+    num_splits: int  # parts of a prefix
+    num_slots: int  # parts of a request, those of its prefix included
+    split_tokens: int  # own keys of a part
+    prefix_tile: int  # a shared prefix is rounded down to a multiple of it, the rest counts as own
+    stream: HopperDecodeConfig | None  # own keys by equal shares: one part a request
+    num_programs: int  # that take those shares
+
+
+def _cut(inputs: tuple[torch.Tensor, ...], num_groups: int, max_own_tokens: int, config: PrefixConfig) -> _Cuts:
+    """What the shapes say; what the lengths say, only the GPU knows."""
+    q, k_cache, v_cache = inputs[:3]
+    num_sms, num_kv_heads = num_multiprocessors(q.device), k_cache.shape[2]
+    row_tiles = triton.cdiv(len(q) * (q.shape[1] // num_kv_heads), config.rows) + num_groups - 1
+    num_splits = config.num_splits(num_kv_heads * row_tiles, num_sms)
+    stream = config.stream
+    if stream is None or unfit_for_hopper(q, k_cache, v_cache) is not None:
+        num_slots = num_splits + triton.cdiv(max_own_tokens, config.own_split_tokens)
+        return _Cuts(row_tiles, num_splits, num_slots, config.own_split_tokens, 1, None, 0)
+    tile = stream.tile_tokens(q.shape[2])
+    split_tokens = max_own_tokens + tile  # more than any request has behind its rounded prefix
+    return _Cuts(row_tiles, num_splits, num_splits + 1, split_tokens, tile, stream, stream.programs_per_sm * num_sms)
+
+
+def _store_own(
+    inputs: tuple[torch.Tensor, ...],
+    prefix_tokens: torch.Tensor,
+    workspace: SplitWorkspace,
+    parts: SplitWorkspace,
+    arguments: DecodeArguments,
+    cuts: _Cuts,
+) -> None:
+    """The parts of each request's own keys, behind those of its prefix."""
+    if cuts.stream is None:
+        slots = (cuts.split_tokens, cuts.num_splits, cuts.num_slots, cuts.prefix_tile)
+        store_chunks(inputs, prefix_tokens, parts, arguments, *slots)
+        return
+    group, head_size, num_kv_heads = arguments.shape["GROUP"], inputs[0].shape[2], inputs[1].shape[2]
+    first_row, pair_stride = cuts.num_splits * group, cuts.num_slots * group * head_size
+    launch_stream(
+        inputs, parts.parts[first_row:], (num_kv_heads * pair_stride, pair_stride, head_size), workspace, arguments,
+        cuts.stream, prefix_tokens, parts.lse[first_row:],
+    )  # fmt: skip

@@ -110,19 +110,25 @@ def merge_partials(
     tl.store(out_ptr + out_rows[:, None] + columns[None, :], output.to(out_ptr.dtype.element_ty), mask=is_kept)
 
 
+@triton.jit
+def shared_keys(prefix_ptr, request, PREFIX_TILE: tl.constexpr):
+    """Keys that a request leaves to the prefix kernel: whole tiles of PREFIX_TILE; 0 stands for no prefixes at all."""
+    return tl.load(prefix_ptr + request) // PREFIX_TILE * PREFIX_TILE if PREFIX_TILE > 0 else 0
+
+
 @triton.jit(do_not_specialize=["window", "first_slot"])
 def chunk_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, num_tokens_ptr, prefix_ptr, parts_ptr, lse_ptr, split_tokens, first_slot,
     scale, soft_cap, window, stride_q, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PREFIX_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, chunk, request): every chunk is stored as a part, behind `first_slot` others."""
     head, chunk, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(num_tokens_ptr + request)
     first_visible = tl.maximum(length - window, 0) if HAS_WINDOW else 0
-    own_start = tl.load(prefix_ptr + request) if HAS_PREFIX else 0  # keys before it are another kernel's work
+    own_start = shared_keys(prefix_ptr, request, PREFIX_TILE)  # keys before it are another kernel's work
     begin = tl.maximum(own_start + chunk * split_tokens, first_visible // TILE * TILE)
     end = tl.minimum(own_start + (chunk + 1) * split_tokens, length)
     if begin < end:
@@ -147,12 +153,12 @@ def merge_kernel(
     num_tokens_ptr, prefix_ptr, out_ptr, parts_ptr, lse_ptr, split_tokens, num_slots, first_slot, window,
     stride_out, stride_out_head,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PREFIX_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, request): merge its parts in order and store the output."""
     head, request = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(num_tokens_ptr + request)
-    own_start = tl.load(prefix_ptr + request) if HAS_PREFIX else 0
+    own_start = shared_keys(prefix_ptr, request, PREFIX_TILE)
     skipped_chunks = tl.maximum(length - window, 0) // split_tokens if HAS_WINDOW else 0
     first = tl.where(own_start > 0, 0, first_slot + skipped_chunks)  # without a prefix, its slots are not read
     slot = (request * tl.num_programs(0) + head) * num_slots + first
@@ -186,6 +192,10 @@ class SplitWorkspace:
             arrivals=torch.zeros(programs, dtype=torch.int32, device=device),
         )
 
+    def behind(self, num_rows: int) -> "SplitWorkspace":
+        """What is left when another launch that runs at the same time takes the first rows."""
+        return SplitWorkspace(self.parts[num_rows:], self.lse[num_rows:], self.arrivals)
+
     def require_room(self, num_rows: int, head_size: int) -> None:
         """Raise ValueError when a launch would write past the end."""
         holds = len(self.lse) >= num_rows and self.parts.numel() >= num_rows * head_size
@@ -197,6 +207,7 @@ class DecodeArguments:
     """What the decode kernels share on launch, worked out once by `decode_arguments`."""
 
     config: DecodeConfig
+    scale: float
     numbers: tuple[float, float, int]  # scale, soft cap, window
     strides: tuple[int, ...]  # of q's rows and heads, the cache's blocks, slots and KV heads, the block table
     shape: dict[str, int]
@@ -229,6 +240,7 @@ def decode_arguments(
     merge_rows = triton.next_power_of_2(group)
     return DecodeArguments(
         config,
+        scale,
         numbers=(scale if soft_cap else scale * LOG2_E, soft_cap or 0.0, window or 0),
         strides=(q.stride(0), q.stride(1), *k_cache.stride()[:3], block_table.stride(0)),
         shape={"GROUP": group, "HEAD_SIZE": head_size, "COLS": columns},
@@ -251,6 +263,7 @@ def store_chunks(
     split_tokens: int,
     first_slot: int,
     num_slots: int,
+    prefix_tile: int = 0,
 ) -> None:
     """Cut every request at multiples of `split_tokens` and store a part for each chunk."""
     tile, num_requests, num_heads, head_size = arguments.reading["TILE"], *inputs[0].shape
@@ -259,7 +272,7 @@ def store_chunks(
     chunk_kernel[(inputs[1].shape[2], num_slots - first_slot, num_requests)](
         *inputs, prefix_tokens, workspace.parts, workspace.lse, split_tokens, first_slot,
         *arguments.numbers, *arguments.strides,
-        HAS_PREFIX=prefix_tokens is not None, **arguments.shape, **arguments.reading,
+        PREFIX_TILE=prefix_tile, **arguments.shape, **arguments.reading,
     )  # fmt: skip
 
 
@@ -272,11 +285,12 @@ def merge_chunks(
     split_tokens: int,
     first_slot: int,
     num_slots: int,
+    prefix_tile: int = 0,
 ) -> None:
     """Merge each request's parts in order: the result does not depend on who stored them when."""
     merge_kernel[(inputs[1].shape[2], len(out))](
         inputs[4], prefix_tokens, out, workspace.parts, workspace.lse, split_tokens, num_slots, first_slot,
-        arguments.numbers[2], out.stride(0), out.stride(1), HAS_PREFIX=prefix_tokens is not None,
+        arguments.numbers[2], out.stride(0), out.stride(1), PREFIX_TILE=prefix_tile,
         HAS_WINDOW=arguments.reading["HAS_WINDOW"], **arguments.shape,
         MERGE_ROWS=arguments.merging["MERGE_ROWS"], PARTS=min(8, arguments.merging["PARTS"]), num_warps=2,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.norms import add_rms_norm
 from minivllm_kernels.reference import rms_norm_twin, rope_twin, sample_twin, silu_and_mul_twin
-from minivllm_kernels.sampling import MAX_SPLITS, sample
+from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.store_kv import qk_norm_rope_store
 from torch.nn.functional import rms_norm, silu
 
@@ -122,7 +122,7 @@ def build_sample(
     out = torch.full_like(seeds, -1)
     limits = None if top_p is None else torch.full_like(temperatures, top_p)
     workspace = (
-        torch.empty(num_rows, MAX_SPLITS, dtype=torch.int64, device=device),
+        torch.empty(num_rows, MAX_TILES, dtype=torch.int64, device=device),
         torch.zeros(num_rows, dtype=torch.int32, device=device), torch.empty_like(temperatures),
     )  # fmt: skip
 
