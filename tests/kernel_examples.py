@@ -19,6 +19,7 @@ from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
+from minivllm_kernels.read import TILE, TILES, read_sums
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.split_kv import SplitWorkspace
@@ -83,9 +84,12 @@ def decode(
     )  # fmt: skip
 
 
-def decode_hopper(paged: Paged, window: int | None = None, soft_cap: float | None = None) -> None:
+def decode_hopper(
+    paged: Paged, num_requests: int = 16, window: int | None = None, soft_cap: float | None = None
+) -> None:
     workspace = SplitWorkspace.allocate(CPU, 0, paged.heads[0], paged.head_size)
-    inputs = (paged.q(16), paged.cache(), paged.cache(), ints(16, 32), ints(16), paged.q(16), workspace)
+    n = num_requests
+    inputs = (paged.q(n), paged.cache(), paged.cache(), ints(n, 32), ints(n), paged.q(n), workspace)
     paged_decode_hopper(*inputs, window=window, soft_cap=soft_cap)
 
 
@@ -190,7 +194,11 @@ GLUONS = {
     "fp16": partial(GLUON, Paged(dtype=FP16)),
 }
 GLUON_DECODES = {
-    **{f"d {size}": partial(decode_hopper, Paged(head_size=size)) for size in attention_configs.HOPPER_DECODE},
+    **{
+        f"d {size}": partial(decode_hopper, Paged(head_size=size))
+        for size in attention_configs.HOPPER_DECODE_HEAD_SIZES
+    },
+    "many pairs": partial(decode_hopper, Paged(), 512),
     **{f"block {size}": partial(decode_hopper, Paged(block_size=size)) for size in (8, 16, 256)},
     "9/3 d 64": partial(decode_hopper, Paged(heads=(9, 3), head_size=64)),
     **{f"{heads}/1": partial(decode_hopper, Paged(heads=(heads, 1))) for heads in (32, 64)},
@@ -207,8 +215,8 @@ ON_EVERY_GPU = {
 }  # fmt: skip
 
 SPILLS = {  # bytes of stack that we know of and accept: shrink them, never let them grow
-    "prefill d 256": 128, "prefill d 256 block 16": 96, "MLA 128 heads": 96, "Gluon decode 64/1": 448,
-    "Gluon MLA 128 heads": 288,
+    "prefill d 80": 112, "prefill d 96": 112, "prefill d 128": 120, "prefill fp16": 120,
+    "prefill window, soft cap": 248, "MLA 128 heads": 96, "Gluon decode 64/1": 448,
 }  # fmt: skip
 
 EXAMPLES = [
@@ -220,11 +228,12 @@ EXAMPLES = [
     *(Example(f"shared prefix d {size}", partial(prefix, Paged(head_size=size))) for size in HEAD_SIZES),
     *(Example(f"prefill {k}", v) for k, v in PREFILLS.items()),
     *(Example(f"Gluon {k}", v) for k, v in GLUONS.items()),
-    *(
-        Example(
-            f"Gluon decode {k}", v, "_hopper_decode_kernel", partial(attention_configs.HOPPER_DECODE.__getitem__, 128)
-        )
-        for k, v in GLUON_DECODES.items()
+    *(Example(f"Gluon decode {k}", v) for k, v in GLUON_DECODES.items()),
+    Example(
+        "Gluon decode, three programs",
+        partial(decode_hopper, Paged(heads=(16, 8))),
+        "_hopper_decode_kernel",
+        partial(attention_configs.hopper_decode_config, 2, 1.0),
     ),
     *(
         Example(
@@ -243,6 +252,7 @@ EXAMPLES = [
     *(Example(f"add norm {width}", partial(norms, width, BF16)) for width in (576, 1024, 4096, 16384)),
     *(Example(f"add norm {dtype}", partial(norms, 4096, dtype)) for dtype in (FP16, FP32)),
     Example("silu_and_mul bf16", partial(gate, BF16)),
+    Example("read", lambda: read_sums(empty(4, TILE * TILES), empty(4, dtype=FP32))),
     Example("silu_and_mul fp32", partial(gate, FP32)),
     Example("sample bf16", partial(draw, BF16), "_sample_kernel", partial(configs.sampler_config, CPU)),
     *(Example(f"sample {dtype}", partial(draw, dtype)) for dtype in (FP16, FP32)),

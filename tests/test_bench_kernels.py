@@ -4,18 +4,23 @@ import argparse
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from minivllm_kernels.mla_decode import mla_decode
 from minivllm_kernels.paged_attention import paged_attention
+from minivllm_kernels.paged_decode import paged_decode
 from torch.nn.attention import SDPBackend
 
 from minivllm.bench import kernels as bench
 from minivllm.bench.kernel_inputs import AttentionShape, attention_inputs
+from minivllm.bench.kernel_read import build_read, read_cases
 from minivllm.bench.kernel_rivals import sdpa
 from minivllm.bench.kernel_rows import fused_case, gate_case, norm_case, row_cases, sample_case
 from minivllm.bench.kernel_shapes import (
+    Case,
     MlaShape,
     Target,
     attention_cases,
@@ -31,10 +36,11 @@ from minivllm.provenance import provenance
 from tests.kernel_cases import TOLERANCE
 
 SMALL = {
-    "decode": decode_case("decode", [40, 1, 97], (4, 2), 64, Target()),
+    "read": Case("read", "read", partial(build_read, 1), 1, Target()),
+    "decode": decode_case("decode", [40, 1, 97], (4, 2), 64, Target(), paged_decode),
     "prefix": prefix_case(3, 64, 70, (4, 2), Target()),
     "prefill": prefill_case("prefill", 2, 20, 50, 16, Target(), paged_attention),
-    "mla": mla_case(MlaShape(2, 70, 4, 32, 16), False, Target()),
+    "mla": mla_case(MlaShape(2, 70, 4, 32, 16), False, Target(), mla_decode),
     "qk-norm + RoPE + store": fused_case(5, 4, 2, 64, Target()),
     "add + RMSNorm": norm_case(5, 64),
     "SiLU * up": gate_case(5, 64),
@@ -86,7 +92,7 @@ def test_a_shared_prefix_counts_once() -> None:
 
 
 def test_every_part_of_the_target_table_is_there_and_no_name_twice() -> None:
-    cases = [*attention_cases(), *row_cases()]
+    cases = [*read_cases(), *attention_cases(), *row_cases()]
     assert {case.part for case in cases} == set(bench.PARTS)
     assert len({case.name for case in cases}) == len(cases)
     named = {case.target.twin[0] for case in cases if case.target.twin}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from minivllm_kernels import configs, mla_decode_hopper, mla_fetch
+from minivllm_kernels import checks, configs, mla_decode_hopper, mla_fetch
 from minivllm_kernels.attention_configs import MLA_HOPPER, MlaHopperConfig
 from minivllm_kernels.reference import mla_decode_twin
 from minivllm_kernels.split_kv import SplitWorkspace
@@ -27,7 +27,7 @@ Attention = Callable[..., torch.Tensor]
 def attention(monkeypatch: pytest.MonkeyPatch) -> Attention:
     """A call that gives the output, in memory that held NaN, from a workspace that did."""
     if not HAS_GPU:
-        monkeypatch.setattr(mla_decode_hopper, "device_class", lambda device: "hopper")
+        monkeypatch.setattr(checks, "device_class", lambda device: "hopper")
         monkeypatch.setattr(mla_decode_hopper, KERNEL, threaded())
 
     def attend(case: MlaCase, config: MlaHopperConfig | None = SMALL) -> torch.Tensor:

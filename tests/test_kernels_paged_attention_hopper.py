@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from minivllm_kernels import configs, hopper_fetch, paged_attention_hopper
+from minivllm_kernels import checks, configs, hopper_fetch, paged_attention_hopper
 from minivllm_kernels.attention_configs import HOPPER_ATTENTION
 from minivllm_kernels.reference import paged_attention_twin
 
@@ -25,7 +25,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Attention:
     """A call that gives the output, NaN where nothing was written."""
     if not HAS_GPU:
         kernel = ThreadedKernel(getattr(paged_attention_hopper, KERNEL), (hopper_fetch, paged_attention_hopper))
-        monkeypatch.setattr(paged_attention_hopper, "device_class", lambda device: "hopper")
+        monkeypatch.setattr(checks, "device_class", lambda device: "hopper")
         monkeypatch.setattr(paged_attention_hopper, "num_multiprocessors", lambda device: 2)
         monkeypatch.setattr(paged_attention_hopper, KERNEL, kernel)
 

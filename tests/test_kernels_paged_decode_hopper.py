@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from minivllm_kernels import (
+    checks,
     configs,
     hopper_fetch,
     hopper_merge,
@@ -15,7 +16,12 @@ from minivllm_kernels import (
     paged_decode_hopper,
     shared_prefix_decode,
 )
-from minivllm_kernels.attention_configs import HOPPER_DECODE, HopperDecodeConfig, prefix_config
+from minivllm_kernels.attention_configs import (
+    HOPPER_DECODE,
+    HOPPER_DECODE_HEAD_SIZES,
+    HopperDecodeConfig,
+    prefix_config,
+)
 from minivllm_kernels.reference import paged_attention_twin
 from minivllm_kernels.split_kv import SplitWorkspace
 
@@ -26,7 +32,7 @@ IS_HOPPER = HAS_GPU and configs.device_class(DEVICE) == "hopper"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs sm_90")] if HAS_GPU else []
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 KERNEL = "_hopper_decode_kernel"
-SHORT_SHARES = replace(HOPPER_DECODE[64], least_tiles=1, programs_per_sm=1)  # on threads: 4 programs
+SHORT_SHARES = replace(HOPPER_DECODE["wide group"], least_tiles=1, programs_per_sm=1)  # on threads: 4 programs
 RAGGED = [1, 127, 128, 129, 0, 700]
 Decode = Callable[..., torch.Tensor]
 
@@ -37,7 +43,7 @@ def decode(monkeypatch: pytest.MonkeyPatch) -> Decode:
     if not HAS_GPU:
         modules = (hopper_fetch, hopper_merge, hopper_stream, paged_decode_hopper)
         kernel = ThreadedKernel(getattr(paged_decode_hopper, KERNEL), modules)
-        monkeypatch.setattr(paged_decode_hopper, "device_class", lambda device: "hopper")
+        monkeypatch.setattr(checks, "device_class", lambda device: "hopper")
         monkeypatch.setattr(paged_decode_hopper, KERNEL, kernel)
 
     def call(case: PagedCase, config: HopperDecodeConfig = SHORT_SHARES, **options: Any) -> torch.Tensor:
@@ -71,7 +77,7 @@ def test_every_block_size_from_8_up(decode: Decode, block_size: int, is_head_maj
     assert error(decode, case) < TOLERANCE[DTYPE]
 
 
-@pytest.mark.parametrize("head_size", HOPPER_DECODE)
+@pytest.mark.parametrize("head_size", HOPPER_DECODE_HEAD_SIZES)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (9, 3), (20, 2), (33, 1), (64, 1)], ids=str)
 def test_any_ratio_of_query_to_kv_heads(decode: Decode, heads: tuple[int, int], head_size: int) -> None:
     case = batch([130, 1, 300], heads=heads, head_size=head_size)
@@ -155,7 +161,7 @@ def test_own_keys_behind_a_shared_prefix(decode: Decode, prefix: int, head_size:
     own = [1, 17, 130, 64, 300]
     case = batch([prefix + tail for tail in own], heads=(6, 2), head_size=head_size, block_size=16)
     case.block_table[:, : prefix // 16] = case.block_table[0, : prefix // 16].clone()
-    config = replace(prefix_config(DEVICE), stream=replace(HOPPER_DECODE[head_size], least_tiles=1, programs_per_sm=1))
+    config = replace(prefix_config(DEVICE), stream=SHORT_SHARES)
     workspace = SplitWorkspace.allocate(DEVICE, 9000, 3, head_size)
     workspace.parts.fill_(math.nan)
     workspace.lse.fill_(math.nan)

@@ -7,7 +7,7 @@ from triton import next_power_of_2
 
 from minivllm_kernels.configs import device_class
 
-MOST_PROGRAMS_PER_SM = 4  # the largest of the tables: workspaces are sized by it
+MOST_PROGRAMS_PER_SM = 16  # that share one line of tiles, resident or waiting: workspaces are sized by it
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,51 @@ def decode_config(device: torch.device) -> DecodeConfig:
 
 
 @dataclass(frozen=True)
+class HopperDecodeConfig:
+    """How `paged_decode_hopper` runs: a program's shared memory is a ring of tiles, of K and of V in turn."""
+
+    tile_bytes: int  # of K or of V, one entry of the ring: a multiple of 64 tokens
+    programs_per_sm: int
+    box_tokens: int  # that one copy fetches: large boxes are fewer copies, small ones end nearer to the last token
+    least_tiles: int = 4  # the shortest stretch worth a program: shorter ones cost more to merge than they save
+    waves: int = 1  # shares for each program that fits: the hardware hands the later ones to whoever is free
+
+    @property
+    def shares_per_sm(self) -> int:
+        return self.programs_per_sm * self.waves
+
+    def tile_tokens(self, head_size: int) -> int:
+        """Keys of a tile of 16-bit floats."""
+        return self.tile_bytes // (2 * head_size)
+
+    def num_stages(self, head_size: int, heads: int) -> int:
+        """Entries of the ring: what two tiles of queries, one of weights, barriers and scratch leave free."""
+        free = 233_472 // self.programs_per_sm - 1024 - 2048  # an SM has 228 kB, the driver takes 1 kB a program
+        tile = self.tile_tokens(head_size)
+        return (free - 2 * heads * (2 * head_size + tile)) // self.tile_bytes
+
+    @property
+    def registers(self) -> int:
+        """Of each of a program's 256 threads at launch."""
+        return min(128, 65_536 // (256 * self.programs_per_sm) // 8 * 8)
+
+
+HOPPER_DECODE_HEAD_SIZES = (64, 128)
+HOPPER_DECODE = {
+    "wide group": HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32),  # registers for all its heads
+    "many pairs": HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32, waves=8),  # hardly one is cut
+    "few pairs": HopperDecodeConfig(tile_bytes=16384, programs_per_sm=3, box_tokens=64),
+}
+
+
+def hopper_decode_config(group: int, pairs_per_sm: float) -> HopperDecodeConfig:
+    """By the query heads of a KV head, and by the (request, KV head) pairs that each multiprocessor gets."""
+    if group > 8:
+        return HOPPER_DECODE["wide group"]
+    return HOPPER_DECODE["many pairs" if pairs_per_sm >= 16 else "few pairs"]
+
+
+@dataclass(frozen=True)
 class PrefixConfig:
     """How `shared_prefix_decode` runs: tiles of `rows` queries against the prefix, `own` for a request's own keys."""
 
@@ -48,7 +93,7 @@ class PrefixConfig:
     num_warps: int
     num_stages: int
     own: DecodeConfig
-    stream: "HopperDecodeConfig | None" = None  # for own keys by equal shares instead, where paged_decode_hopper fits
+    stream: HopperDecodeConfig | None = None  # for own keys by equal shares instead, where paged_decode_hopper fits
     own_split_tokens: int = 1024
     most_splits: int = 8
 
@@ -63,7 +108,15 @@ class PrefixConfig:
 
 
 PREFIX = {
-    "hopper": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["hopper"]),
+    "hopper": PrefixConfig(
+        rows=64,
+        tile_bytes=16384,
+        num_warps=4,
+        num_stages=3,
+        own=DECODE["hopper"],
+        stream=HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=64),
+        most_splits=2,
+    ),
     "blackwell": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["blackwell"]),
     "ampere": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, own=DECODE["ampere"]),
     "consumer": PrefixConfig(rows=64, tile_bytes=8192, num_warps=4, num_stages=2, own=DECODE["consumer"]),
@@ -135,15 +188,14 @@ class MlaHopperConfig:
         return 152 if self.groups == 1 else 168
 
 
-MLA_HOPPER = {  # by heads of one program; to be measured
-    16: MlaHopperConfig(heads=16, groups=1, pack=3, places=8),
+MLA_HOPPER = {  # by heads of one program
+    16: MlaHopperConfig(heads=16, groups=1, pack=3, places=6),
     32: MlaHopperConfig(heads=32, groups=1, pack=3, places=7),
-    64: MlaHopperConfig(heads=32, groups=2, pack=1, places=17),
 }
 
 
 def mla_hopper_config(num_heads: int) -> MlaHopperConfig:
-    """20 heads take the entry of 32 heads, 128 that of 64."""
+    """20 heads take the entry of 32 heads, and so do 128: four programs read what one fetched into the L2 cache."""
     return MLA_HOPPER[next((heads for heads in MLA_HOPPER if heads >= num_heads), max(MLA_HOPPER))]
 
 
@@ -158,41 +210,10 @@ class HopperAttentionConfig:
     takes_turns: bool = False  # the two groups issue their products strictly in turn
 
 
-HOPPER_ATTENTION = {  # by head size; to be measured
-    64: HopperAttentionConfig(tile=128, num_stages=4),
-    128: HopperAttentionConfig(tile=128, num_stages=3),
+HOPPER_ATTENTION = {  # by head size
+    64: HopperAttentionConfig(tile=128, num_stages=4, takes_turns=True),
+    128: HopperAttentionConfig(tile=128, num_stages=3, takes_turns=True),
     256: HopperAttentionConfig(tile=64, num_stages=2),
-}
-
-
-@dataclass(frozen=True)
-class HopperDecodeConfig:
-    """How `paged_decode_hopper` runs: a program's shared memory is a ring of tiles, of K and of V in turn."""
-
-    tile_bytes: int  # of K or of V, one entry of the ring: a multiple of 64 tokens
-    programs_per_sm: int
-    box_tokens: int  # that one copy fetches: large boxes are fewer copies, small ones end nearer to the last token
-    least_tiles: int = 4  # the shortest stretch worth a program: shorter ones cost more to merge than they save
-
-    def tile_tokens(self, head_size: int) -> int:
-        """Keys of a tile of 16-bit floats."""
-        return self.tile_bytes // (2 * head_size)
-
-    def num_stages(self, head_size: int, heads: int) -> int:
-        """Entries of the ring: what two tiles of queries, one of weights, barriers and scratch leave free."""
-        free = 233_472 // self.programs_per_sm - 1024 - 2048  # an SM has 228 kB, the driver takes 1 kB a program
-        tile = self.tile_tokens(head_size)
-        return (free - 2 * heads * (2 * head_size + tile)) // self.tile_bytes
-
-    @property
-    def registers(self) -> int:
-        """Of each of a program's 256 threads at launch."""
-        return min(128, 65_536 // (256 * self.programs_per_sm) // 8 * 8)
-
-
-HOPPER_DECODE = {  # by head size; to be measured
-    64: HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32),
-    128: HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32),
 }
 
 
@@ -238,7 +259,7 @@ ATTENTION = {
             box=AttentionConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2),
         ),
         128: AttentionConfig(
-            rows=128, tile_bytes=16384, num_warps=8, num_stages=3,
+            rows=128, tile_bytes=32768, num_warps=8, num_stages=3, q_bytes=32768,
             box=AttentionConfig(
                 rows=128, tile_bytes=16384, num_warps=4, num_stages=2, most_tokens=64, q_bytes=32768
             ),

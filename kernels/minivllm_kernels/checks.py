@@ -3,6 +3,8 @@
 import torch
 import triton
 
+from minivllm_kernels.configs import device_class
+
 HEAD_SIZES = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (1, 8, 16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,3 +49,16 @@ def check_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, n
     require(head_size in HEAD_SIZES, f"head size {head_size} is not one of {HEAD_SIZES}")
     require(k_cache.shape[3] == head_size, f"q has head size {head_size}, the cache {k_cache.shape[3]}")
     require(num_heads % num_kv_heads == 0, f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
+
+
+def hopper_obstacle(block_size: int, *tensors: torch.Tensor) -> str | None:
+    """What keeps a kernel for Hopper from these tensors, paged ones in blocks of `block_size`; None if nothing does."""
+    found = device_class(tensors[0].device)
+    starts = [tensor.data_ptr() for tensor in tensors] + [2 * step for t in tensors for step in t.stride()[:-1]]
+    obstacles = {
+        f"the device is of class {found}, not hopper": found != "hopper",
+        "float32 has no fast tensor cores": tensors[0].dtype == torch.float32,
+        f"block_size {block_size}: the copy engine swizzles 8 rows": block_size < 8,
+        "rows must start at multiples of 16 bytes": any(start % 16 for start in starts),
+    }
+    return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)

@@ -30,13 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minivllm_kernels.attention_configs import MlaHopperConfig, mla_hopper_config
-from minivllm_kernels.checks import require
-from minivllm_kernels.configs import device_class, num_multiprocessors
+from minivllm_kernels.checks import hopper_obstacle, require
+from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.mla_decode import _check, _merge_stream_kernel, _merging
 from minivllm_kernels.mla_fetch import BOX, TILE, equal_share, produce, segment
 from minivllm_kernels.split_kv import SplitWorkspace
 
-INSTEAD = "use mla_decode"
 LOG2_E = math.log2(math.e)
 
 
@@ -214,11 +213,12 @@ def mla_decode_hopper(
     _check(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
     batch_size, num_heads, latent = q_latent.shape
     block_size, width = latent_cache.shape[1:]
-    _check_hopper(q_latent, q_rope, latent_cache)
+    obstacle = mla_obstacle(q_latent, q_rope, latent_cache)
+    require(obstacle is None, f"{obstacle}: use mla_decode")
     require(scale > 0, f"scale is {scale}: pass more than 0")
     config = config or mla_hopper_config(num_heads)
     fits = width // BOX.value % config.pack == 0 and width // BOX.value <= config.pack * config.places
-    require(fits, f"{width} columns are not packs of {config.pack} boxes of 64, or the ring is too short: {INSTEAD}")
+    require(fits, f"{width} columns are not packs of {config.pack} boxes of 64, or the ring is short: use mla_decode")
     head_blocks = triton.cdiv(num_heads, config.heads * config.groups)
     shares = max(1, num_multiprocessors(q_latent.device) // head_blocks)
     workspace.require_room(2 * shares * num_heads, latent)
@@ -245,15 +245,9 @@ def _descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout(128, 16, len(box)))
 
 
-def _check_hopper(q_latent: torch.Tensor, q_rope: torch.Tensor, latent_cache: torch.Tensor) -> None:
-    """What a kernel of pointers can do without, this one cannot: 16-byte rows, blocks of 8, 16-bit floats, Hopper."""
-    latent, rope, block_size = q_latent.shape[2], q_rope.shape[2], latent_cache.shape[1]
-    require(q_latent.dtype != torch.float32, f"float32 has no fast tensor cores: {INSTEAD}")
-    fits = latent % BOX.value == 0 and rope % BOX.value == 0 and latent <= 512
-    require(fits, f"latent and rope are {latent} and {rope}, not multiples of 64 up to 512: {INSTEAD}")
-    require(block_size >= 8, f"block_size {block_size}: the copy engine swizzles 8 rows, {INSTEAD}")
-    for name, tensor in (("q_latent", q_latent), ("q_rope", q_rope), ("latent_cache", latent_cache)):
-        starts = (tensor.data_ptr(), *(2 * stride for stride in tensor.stride()[:-1]))
-        require(all(start % 16 == 0 for start in starts), f"{name}: rows must start at multiples of 16 bytes")
-    found = device_class(q_latent.device)
-    require(found == "hopper", f"q_latent is on a device of class {found}, not hopper: {INSTEAD}")
+def mla_obstacle(q_latent: torch.Tensor, q_rope: torch.Tensor, latent_cache: torch.Tensor) -> str | None:
+    """Why this kernel cannot serve these tensors and mla_decode has to; None if it can."""
+    latent, rope = q_latent.shape[2], q_rope.shape[2]
+    if latent % BOX.value or rope % BOX.value or latent > 512:
+        return f"latent and rope are {latent} and {rope}, not multiples of 64 up to 512"
+    return hopper_obstacle(latent_cache.shape[1], q_latent, q_rope, latent_cache)

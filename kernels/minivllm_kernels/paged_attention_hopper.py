@@ -31,11 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minivllm_kernels.attention_configs import HOPPER_ATTENTION
-from minivllm_kernels.checks import check_cache, check_float, check_index, require
-from minivllm_kernels.configs import device_class, num_multiprocessors
+from minivllm_kernels.checks import check_cache, check_float, check_index, hopper_obstacle, require
+from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.hopper_fetch import BOX_COLUMNS, GROUP_ROWS, ITEM_ROWS, produce, work_item
 
-INSTEAD = "use paged_attention"
 LOG2_E = gl.constexpr(math.log2(math.e))
 
 
@@ -228,7 +227,7 @@ def _check(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
     num_tokens: torch.Tensor, query_starts: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """What a kernel of pointers can do without, this one cannot: 16-byte rows, blocks of 8, 16-bit floats, Hopper."""
+    """Shapes and types, and that nothing here is for the plain kernel alone."""
     check_cache(q, k_cache, v_cache, q.shape[1], q.shape[2])
     check_float("out", out, q)
     require(out.shape == q.shape, f"out has shape {tuple(out.shape)}, q {tuple(q.shape)}")
@@ -236,15 +235,15 @@ def _check(
     check_index("block_table", block_table, (num_requests, width), q.device)
     check_index("num_tokens", num_tokens, (num_requests,), q.device)
     check_index("query_starts", query_starts, (num_requests + 1,), q.device)
-    head_size, block_size = q.shape[2], k_cache.shape[1]
-    require(head_size in HOPPER_ATTENTION, f"head size {head_size} is not one of {tuple(HOPPER_ATTENTION)}: {INSTEAD}")
-    require(q.dtype != torch.float32, f"float32 has no fast tensor cores: {INSTEAD}")
-    require(block_size >= 8, f"block_size {block_size}: the copy engine swizzles 8 rows, {INSTEAD}")
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        starts = (tensor.data_ptr(), *(2 * stride for stride in tensor.stride()[:-1]))
-        require(all(start % 16 == 0 for start in starts), f"{name}: rows must start at multiples of 16 bytes")
-    found = device_class(q.device)
-    require(found == "hopper", f"q is on a device of class {found}, not hopper: {INSTEAD}")
+    obstacle = attention_obstacle(q, k_cache, v_cache)
+    require(obstacle is None, f"{obstacle}: use paged_attention")
+
+
+def attention_obstacle(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
+    """Why this kernel cannot serve these tensors and paged_attention has to; None if it can."""
+    if q.shape[2] not in HOPPER_ATTENTION:
+        return f"head size {q.shape[2]} is not one of {tuple(HOPPER_ATTENTION)}"
+    return hopper_obstacle(k_cache.shape[1], q, k_cache, v_cache)
 
 
 def paged_attention_hopper(

@@ -25,9 +25,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from minivllm_kernels.attention_configs import HOPPER_DECODE, HopperDecodeConfig
-from minivllm_kernels.checks import require
-from minivllm_kernels.configs import device_class, num_multiprocessors
+from minivllm_kernels.attention_configs import HOPPER_DECODE_HEAD_SIZES, HopperDecodeConfig, hopper_decode_config
+from minivllm_kernels.checks import hopper_obstacle, require
+from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.hopper_fetch import BOX_COLUMNS
 from minivllm_kernels.hopper_merge import merge_parts
 from minivllm_kernels.hopper_stream import equal_share, next_pair, produce, segment
@@ -199,21 +199,14 @@ def _hopper_decode_kernel(
     )
 
 
-def unfit_for_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
-    """Why this kernel cannot serve these tensors, or None: it wants Hopper, 16-bit floats, whole 16 bytes."""
-    head_size, block_size, group = q.shape[2], k_cache.shape[1], q.shape[1] // k_cache.shape[2]
-    found = device_class(q.device)
-    starts = [tensor.data_ptr() for tensor in (q, k_cache, v_cache)]
-    starts += [2 * stride for tensor in (q, k_cache, v_cache) for stride in tensor.stride()[:-1]]
-    reasons = {
-        f"head size {head_size} is not one of {tuple(HOPPER_DECODE)}": head_size not in HOPPER_DECODE,
-        "float32 has no fast tensor cores": q.dtype == torch.float32,
-        f"block_size {block_size}: the copy engine swizzles 8 rows": block_size < 8,
-        f"{group} query heads share a KV head, at most 64 here": group > 64,
-        "rows of q and the caches must start at multiples of 16 bytes": any(start % 16 for start in starts),
-        f"q is on a device of class {found}, not hopper": found != "hopper",
-    }
-    return next((f"{reason}: use paged_decode" for reason, holds in reasons.items() if holds), None)
+def decode_obstacle(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
+    """Why this kernel cannot serve these tensors and paged_decode has to; None if it can."""
+    head_size, group = q.shape[2], q.shape[1] // k_cache.shape[2]
+    if head_size not in HOPPER_DECODE_HEAD_SIZES:
+        return f"head size {head_size} is not one of {HOPPER_DECODE_HEAD_SIZES}"
+    if group > 64:
+        return f"{group} query heads share a KV head, at most 64 here"
+    return hopper_obstacle(k_cache.shape[1], q, k_cache, v_cache)
 
 
 def launch_stream(
@@ -228,13 +221,14 @@ def launch_stream(
 ) -> None:
     """Equal shares of the keys behind each request's prefix, if any; base-2 log sums to `out_lse` at out's rows."""
     q, k_cache, v_cache, block_table, num_tokens = inputs
-    reason = unfit_for_hopper(q, k_cache, v_cache)
-    require(reason is None, str(reason))
+    obstacle = decode_obstacle(q, k_cache, v_cache)
+    require(obstacle is None, f"{obstacle}: use paged_decode")
     head_size, group, block_size = q.shape[2], arguments.shape["GROUP"], k_cache.shape[1]
     rows = max(8, triton.next_power_of_2(group))  # heads as columns of a product
-    config = config or HOPPER_DECODE[head_size]
+    num_sms = num_multiprocessors(q.device)
+    config = config or hopper_decode_config(group, len(q) * k_cache.shape[2] / num_sms)
     tile = config.tile_tokens(head_size)
-    programs = config.programs_per_sm * num_multiprocessors(q.device)
+    programs = config.shares_per_sm * num_sms
     workspace.require_room(2 * programs * group, head_size)
     box = [1, 1, min(block_size, tile, config.box_tokens), BOX_COLUMNS.value]
     _, soft_cap, window = arguments.numbers

@@ -21,7 +21,7 @@ import triton.language as tl
 from minivllm_kernels.attention_configs import HopperDecodeConfig, PrefixConfig, prefix_config
 from minivllm_kernels.checks import check_index, require
 from minivllm_kernels.configs import num_multiprocessors
-from minivllm_kernels.paged_decode_hopper import launch_stream, unfit_for_hopper
+from minivllm_kernels.paged_decode_hopper import decode_obstacle, launch_stream
 from minivllm_kernels.split_kv import (
     DecodeArguments,
     SplitWorkspace,
@@ -112,17 +112,10 @@ def shared_prefix_decode(
     num_cut_rows = 2 * cuts.num_programs * arguments.shape["GROUP"]
     workspace.require_room(num_cut_rows + q.shape[0] * q.shape[1] * cuts.num_slots, q.shape[2])
     parts = workspace.behind(num_cut_rows)
-    reading = arguments.reading | config.reading(arguments.shape["COLS"] * q.element_size())
-    del reading["HAS_WINDOW"]
     if side_stream is not None:
         side_stream.wait_stream(torch.cuda.current_stream(q.device))
     with torch.cuda.stream(side_stream):
-        prefix_kernel[(k_cache.shape[2], cuts.num_splits, cuts.row_tiles)](
-            q, k_cache, v_cache, block_table, prefix_tokens, group_starts, parts.parts, parts.lse,
-            len(group_starts) - 1, cuts.num_slots, *arguments.numbers[:2], *arguments.strides,
-            GROUPS=triton.next_power_of_2(len(group_starts) - 1), PREFIX_TILE=cuts.prefix_tile,
-            **arguments.shape, **reading,
-        )  # fmt: skip
+        _store_prefix(inputs, prefix_tokens, group_starts, parts, arguments, config, cuts)
     _store_own(inputs, prefix_tokens, workspace, parts, arguments, cuts)
     if side_stream is not None:
         torch.cuda.current_stream(q.device).wait_stream(side_stream)
@@ -150,12 +143,41 @@ def _cut(inputs: tuple[torch.Tensor, ...], num_groups: int, max_own_tokens: int,
     row_tiles = triton.cdiv(len(q) * (q.shape[1] // num_kv_heads), config.rows) + num_groups - 1
     num_splits = config.num_splits(num_kv_heads * row_tiles, num_sms)
     stream = config.stream
-    if stream is None or unfit_for_hopper(q, k_cache, v_cache) is not None:
+    if stream is None or decode_obstacle(q, k_cache, v_cache) is not None:
         num_slots = num_splits + triton.cdiv(max_own_tokens, config.own_split_tokens)
         return _Cuts(row_tiles, num_splits, num_slots, config.own_split_tokens, 1, None, 0)
     tile = stream.tile_tokens(q.shape[2])
     split_tokens = max_own_tokens + tile  # more than any request has behind its rounded prefix
-    return _Cuts(row_tiles, num_splits, num_splits + 1, split_tokens, tile, stream, stream.programs_per_sm * num_sms)
+    return _Cuts(
+        row_tiles,
+        num_splits,
+        num_splits + 1,
+        split_tokens,
+        tile,
+        stream,
+        stream.shares_per_sm * num_sms,
+    )
+
+
+def _store_prefix(
+    inputs: tuple[torch.Tensor, ...],
+    prefix_tokens: torch.Tensor,
+    group_starts: torch.Tensor,
+    parts: SplitWorkspace,
+    arguments: DecodeArguments,
+    config: PrefixConfig,
+    cuts: _Cuts,
+) -> None:
+    """The parts of each group's prefix, for all its requests at once."""
+    q, k_cache, v_cache, block_table, _ = inputs
+    num_groups = len(group_starts) - 1
+    reading = arguments.reading | config.reading(arguments.shape["COLS"] * q.element_size())
+    del reading["HAS_WINDOW"]
+    prefix_kernel[(k_cache.shape[2], cuts.num_splits, cuts.row_tiles)](
+        q, k_cache, v_cache, block_table, prefix_tokens, group_starts, parts.parts, parts.lse, num_groups,
+        cuts.num_slots, *arguments.numbers[:2], *arguments.strides,
+        GROUPS=triton.next_power_of_2(num_groups), PREFIX_TILE=cuts.prefix_tile, **arguments.shape, **reading,
+    )  # fmt: skip
 
 
 def _store_own(

@@ -9,9 +9,11 @@ from random import Random
 import torch
 from minivllm_kernels.attention_configs import prefix_config
 from minivllm_kernels.mla_decode import mla_decode
+from minivllm_kernels.mla_decode_hopper import mla_decode_hopper
 from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
+from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.reference import mla_decode_twin
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.split_kv import SplitWorkspace
@@ -20,6 +22,7 @@ from minivllm.bench.kernel_inputs import AttentionShape, attention_inputs, relat
 from minivllm.bench.kernel_rivals import attention_rivals
 
 Run = Callable[[], object]
+Launch = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,18 @@ class Case:
     flops: int = 0  # set where arithmetic is the bound: then the share is one of the GEMM roof
 
 
-def decode_case(name: str, lengths: Sequence[int], heads: tuple[int, int], head_size: int, target: Target) -> Case:
+def decode_case(
+    name: str, lengths: Sequence[int], heads: tuple[int, int], head_size: int, target: Target, launch: Launch
+) -> Case:
     shape = AttentionShape(tuple((1, length) for length in lengths), *heads, head_size)
-    return Case("decode", name, partial(build_decode, shape), shape.num_bytes, target)
+    return Case("decode", name, partial(build_decode, shape, launch), shape.num_bytes, target)
 
 
-def build_decode(shape: AttentionShape, device: torch.device, dtype: torch.dtype, seed: int) -> Call:
+def build_decode(shape: AttentionShape, launch: Launch, device: torch.device, dtype: torch.dtype, seed: int) -> Call:
     step = attention_inputs(shape, device, dtype, seed)
     workspace = SplitWorkspace.allocate(device, 0, shape.heads // shape.kv_heads, shape.head_size)
-    run = partial(
-        paged_decode, step.q, step.k_cache, step.v_cache, step.block_table, step.num_tokens, step.out, workspace
-    )
-    return Call(run, step.error, partial(attention_rivals, step))
+    inputs = (step.q, step.k_cache, step.v_cache, step.block_table, step.num_tokens, step.out, workspace)
+    return Call(partial(launch, *inputs), step.error, partial(attention_rivals, step))
 
 
 def prefix_case(batch_size: int, num_shared: int, num_own: int, heads: tuple[int, int], target: Target) -> Case:
@@ -89,26 +92,26 @@ def build_prefix(shape: AttentionShape, num_shared: int, device: torch.device, d
     step = attention_inputs(shape, device, dtype, seed, num_shared)
     batch_size, num_own = len(shape.requests), step.max_tokens - num_shared
     config = prefix_config(device)
-    num_slots = config.most_splits + -(-num_own // config.own_split_tokens)
+    num_slots = 2 + config.most_splits + -(-num_own // config.own_split_tokens)
     workspace = SplitWorkspace.allocate(
         device, batch_size * shape.heads * num_slots, shape.heads // shape.kv_heads, shape.head_size
     )
     prefix = torch.full_like(step.num_tokens, num_shared)
     groups = torch.tensor([0, batch_size], dtype=torch.int32, device=device)
     inputs = (step.q, step.k_cache, step.v_cache, step.block_table, step.num_tokens, prefix, groups, step.out)
-    return Call(partial(shared_prefix_decode, *inputs, workspace, max_own_tokens=num_own), step.error)
+    side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    run = partial(shared_prefix_decode, *inputs, workspace, max_own_tokens=num_own, side_stream=side_stream)
+    return Call(run, step.error)
 
 
 def prefill_case(
-    name: str, num_requests: int, new: int, total: int, block_size: int, target: Target, launch: Callable[..., None]
+    name: str, num_requests: int, new: int, total: int, block_size: int, target: Target, launch: Launch
 ) -> Case:
     shape = AttentionShape(((new, total),) * num_requests, 32, 8, 128, block_size)
     return Case("prefill", name, partial(build_prefill, shape, launch), shape.num_bytes, target, shape.flops)
 
 
-def build_prefill(
-    shape: AttentionShape, launch: Callable[..., None], device: torch.device, dtype: torch.dtype, seed: int
-) -> Call:
+def build_prefill(shape: AttentionShape, launch: Launch, device: torch.device, dtype: torch.dtype, seed: int) -> Call:
     step = attention_inputs(shape, device, dtype, seed)
     inputs = (step.q, step.k_cache, step.v_cache, step.block_table, step.num_tokens, step.query_starts, step.out)
     run = partial(launch, *inputs, max_query_len=step.max_query_len)
@@ -135,13 +138,13 @@ class MlaShape:
         return 2 * self.batch_size * self.heads * self.num_tokens * (2 * self.latent + self.rope)
 
 
-def mla_case(shape: MlaShape, is_compute_bound: bool, target: Target) -> Case:
-    name = f"MLA {shape.batch_size} x {shape.num_tokens}, {shape.heads} heads"
+def mla_case(shape: MlaShape, is_compute_bound: bool, target: Target, launch: Launch, label: str = "") -> Case:
+    name = f"MLA {shape.batch_size} x {shape.num_tokens}, {shape.heads} heads{label}"
     flops = shape.flops if is_compute_bound else 0
-    return Case("mla", name, partial(build_mla, shape), shape.num_bytes, target, flops)
+    return Case("mla", name, partial(build_mla, shape, launch), shape.num_bytes, target, flops)
 
 
-def build_mla(shape: MlaShape, device: torch.device, dtype: torch.dtype, seed: int) -> Call:
+def build_mla(shape: MlaShape, launch: Launch, device: torch.device, dtype: torch.dtype, seed: int) -> Call:
     width, scale = shape.latent + shape.rope, 1 / math.sqrt(192)  # 128 + 64: the head size before absorption
     one = AttentionShape(((1, shape.num_tokens),) * shape.batch_size, shape.heads, 1, width)
     step = attention_inputs(one, device, dtype, seed)
@@ -156,14 +159,22 @@ def build_mla(shape: MlaShape, device: torch.device, dtype: torch.dtype, seed: i
         return relative_error(out[rows], mla_decode_twin(q_latent[rows], q_rope[rows], cache, *tables, scale))
 
     inputs = (q_latent, q_rope, cache, step.block_table, step.num_tokens, out, workspace)
-    return Call(partial(mla_decode, *inputs, scale=scale), check)
+    return Call(partial(launch, *inputs, scale=scale), check)
+
+
+def launchers(plain: Launch, hopper: Launch) -> list[tuple[str, Launch, bool]]:
+    """Name suffix, kernel, and whether the targets are for it: on Hopper the plain one is shown beside."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        return [(", plain", plain, False), ("", hopper, True)]
+    return [("", plain, True)]
 
 
 def attention_cases() -> list[Case]:
     shared = prefix_case(256, 2048, 128, (16, 8), Target(least_share=1 / 1.3))
     latent = [
-        mla_case(MlaShape(128, 4096, 16), False, Target(least_share=0.80)),
-        mla_case(MlaShape(128, 4096, 128), True, Target()),  # 128 heads: bound by arithmetic
+        mla_case(MlaShape(128, 4096, heads), heads > 16, target if is_judged else Target(), launch, label)
+        for label, launch, is_judged in launchers(mla_decode, mla_decode_hopper)
+        for heads, target in ((16, Target(least_share=0.80)), (128, Target()))  # 128 heads: bound by arithmetic
     ]
     return [*decode_cases(), shared, *prefill_cases(), *latent]
 
@@ -182,19 +193,22 @@ def decode_cases() -> list[Case]:
         (f"256 x {mean}, 16/8", [mean] * 256, (16, 8), 128, Target()),
         ("256 ragged, 100 to 2048, 16/8", ragged, (16, 8), 128, Target(twin=(f"256 x {mean}, 16/8", 1.05))),
     ]
-    return [decode_case(*shape) for shape in shapes]
+    return [
+        decode_case(name + label, lengths, heads, head_size, target if is_judged else Target(), launch)
+        for label, launch, is_judged in launchers(paged_decode, paged_decode_hopper)
+        for name, lengths, heads, head_size, target in shapes
+    ]
 
 
 def prefill_cases() -> list[Case]:
-    """Causal attention by the kernel for any GPU and, where there is a Hopper one, by its own."""
-    launchers: dict[str, Callable[..., None]] = {"": paged_attention}
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        launchers[", Gluon"] = paged_attention_hopper
     work = {"1 x 16384": (1, 16384, 16384), "4 x 4096": (4, 4096, 4096), "2048 on 14336": (1, 2048, 16384)}
     goals = {64: (510, 490, 490), 16: (440, 400, 420)}
     return [
-        prefill_case(f"{name}, 32/8, block {block}{label}", *sizes, block, Target(least_tflops=goal), launch)
-        for label, launch in launchers.items()
+        prefill_case(
+            f"{name}, 32/8, block {block}{label}", *sizes, block,
+            Target(least_tflops=goal) if is_judged else Target(), launch,
+        )
+        for label, launch, is_judged in launchers(paged_attention, paged_attention_hopper)
         for block, row in goals.items()
         for (name, sizes), goal in zip(work.items(), row, strict=True)
-    ]
+    ]  # fmt: skip

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minivllm.bench.kernel_shapes import Call, Case, Target
     from minivllm.bench.kernel_timing import Roofs
 
-PARTS = ("decode", "prefix", "prefill", "mla", "rows", "sampling")
+PARTS = ("read", "decode", "prefix", "prefill", "mla", "rows", "sampling")
 WORST_SPREAD = 0.03
 
 
@@ -88,11 +88,12 @@ def measure(args: argparse.Namespace) -> tuple[list[Result], dict[str, object]]:
 
 def chosen(only: str) -> "list[Case]":
     """Cases of the parts named, or with a word in their name; all for an empty string."""
-    from minivllm.bench.kernel_rows import row_cases  # triton: only where there is a GPU
+    from minivllm.bench.kernel_read import read_cases  # triton: only where there is a GPU
+    from minivllm.bench.kernel_rows import row_cases
     from minivllm.bench.kernel_shapes import attention_cases
 
-    words = only.split(",")
-    cases = [case for case in [*attention_cases(), *row_cases()] if any(w in f"{case.part} {case.name}" for w in words)]
+    words, every = only.split(","), [*read_cases(), *attention_cases(), *row_cases()]
+    cases = [case for case in every if any(word in f"{case.part} {case.name}" for word in words)]
     if not cases:
         raise ConfigError(f"--only: no case holds '{only}'; parts are {', '.join(PARTS)}")
     return cases
