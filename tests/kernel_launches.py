@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.mla_decode import mla_decode
+from minivllm_kernels.mla_decode_hopper import mla_decode_hopper
 from minivllm_kernels.norms import add_rms_norm
 from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
+from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.split_kv import SplitWorkspace
@@ -27,6 +29,11 @@ def decode(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, split_
     paged_decode(*inputs, workspace, split_tokens=split_tokens)
 
 
+def decode_hopper(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace) -> None:
+    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, out)
+    paged_decode_hopper(*inputs, workspace)
+
+
 def shared(
     case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, prefix: torch.Tensor, groups: torch.Tensor
 ) -> None:
@@ -40,7 +47,7 @@ def attend(kernel: Callable[..., None], case: PagedCase, out: torch.Tensor) -> N
 
 
 LAUNCHES = (
-    "paged_decode", "paged_decode, fixed split", "shared_prefix_decode", "paged_attention", "paged_attention_hopper",
+    "paged_decode", "paged_decode_hopper", "paged_decode, fixed split", "shared_prefix_decode", "paged_attention", "paged_attention_hopper",
 )  # fmt: skip
 
 
@@ -55,6 +62,7 @@ def launch(name: str, case: PagedCase) -> Callable[[], torch.Tensor]:
     alone = torch.arange(len(case.num_tokens) + 1, dtype=torch.int32, device=DEVICE)
     kernels: dict[str, Launch] = {
         "paged_decode": partial(decode, workspace=workspace),
+        "paged_decode_hopper": partial(decode_hopper, workspace=workspace),
         "paged_decode, fixed split": partial(decode, workspace=workspace, split_tokens=256),
         "shared_prefix_decode": partial(shared, workspace=workspace, prefix=nothing, groups=alone),
         "paged_attention": partial(attend, paged_attention),
@@ -88,16 +96,15 @@ def run_row_kernels() -> None:
         sample(normal(3, 5003), temperatures, rows, rows, rows, partial_draws, arrivals, floors, top_p=top_p)
 
 
-def run_mla() -> None:
+def run_mla(*kernels: Callable[..., None]) -> None:
     """Two requests over a latent cache."""
     normal = partial(torch.randn, dtype=torch.bfloat16, device=DEVICE)
     table = torch.tensor([[3, 1, 0], [2, 5, 4]], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([70, 131], dtype=torch.int32, device=DEVICE)
     workspace = SplitWorkspace.allocate(DEVICE, 0, 16, 512)
-    mla_decode(
-        normal(2, 16, 512), normal(2, 16, 64), normal(6, 64, 576), table, lengths, normal(2, 16, 512), workspace,
-        scale=0.07,
-    )  # fmt: skip
+    queries, out = (normal(2, 16, 512), normal(2, 16, 64)), normal(2, 16, 512)
+    for kernel in kernels:
+        kernel(*queries, normal(6, 64, 576), table, lengths, out, workspace, scale=0.07)
 
 
 def main() -> None:
@@ -108,7 +115,7 @@ def main() -> None:
     for name in names:
         launch(name, decodes if "decode" in name else prompts)()
     run_row_kernels()
-    run_mla()
+    run_mla(mla_decode, *([] if left_out == "hopper" else [mla_decode_hopper]))
     torch.cuda.synchronize()
     print(f"{len(names)} attention kernels ran, and the others")
 

@@ -57,6 +57,7 @@ PROMPTS = ([700, 1, 333], [700, 1, 333])  # whole prompts: what torch's flash ke
     [
         ("paged_decode", DECODE),
         ("paged_decode, fixed split", DECODE),
+        pytest.param("paged_decode_hopper", DECODE, marks=HOPPER),
         ("paged_attention", PROMPTS),
         pytest.param("paged_attention_hopper", PROMPTS, marks=HOPPER),
     ],

@@ -1,7 +1,6 @@
 """Which kernel answers: the one for Hopper where it fits, else the plain one; same arguments, same result.
 
-What decides is known on the host and stays the same from step to step: device, type, head and block size. One long
-chunk among many decodes makes most query tiles empty, and the Hopper kernel visits each: launch those two apart.
+What decides is known on the host: device, type, head and block size, and the shape of the batch.
 """
 
 from collections.abc import Callable
@@ -23,9 +22,15 @@ def fastest_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
     return paged_decode if decode_obstacle(q, k_cache, v_cache) else paged_decode_hopper
 
 
-def fastest_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Kernel:
-    """`paged_attention` or `paged_attention_hopper`."""
-    return paged_attention if attention_obstacle(q, k_cache, v_cache) else paged_attention_hopper
+def fastest_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_requests: int, max_query_len: int
+) -> Kernel:
+    """`paged_attention` or `paged_attention_hopper`.
+
+    The Hopper kernel visits max_query_len queries of every request, there or not: a long chunk among decodes is not its.
+    """
+    is_sparse = 4 * len(q) < num_requests * max_query_len
+    return paged_attention if is_sparse or attention_obstacle(q, k_cache, v_cache) else paged_attention_hopper
 
 
 def fastest_mla(q_latent: torch.Tensor, q_rope: torch.Tensor, latent_cache: torch.Tensor) -> Kernel:

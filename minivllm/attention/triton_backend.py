@@ -1,11 +1,10 @@
 """Paged attention with our own Triton kernels: one launch a layer to store, one to attend.
 
-Requests with one query each go through `paged_decode`, anything else through `paged_attention`, ragged as it is.
+Requests with one query each go through a decode kernel, anything else through a ragged one.
 """
 
 import torch
-from minivllm_kernels.paged_attention import paged_attention
-from minivllm_kernels.paged_decode import paged_decode
+from minivllm_kernels.fastest import fastest_attention, fastest_decode
 from minivllm_kernels.split_kv import SplitWorkspace
 from minivllm_kernels.store_kv import store_kv
 
@@ -46,7 +45,8 @@ class TritonAttention:
         out = torch.empty_like(q)
         inputs = (q, kv.k, kv.v, self.block_table, self.num_tokens)
         if self.max_query_len == 1:
-            paged_decode(*inputs, out, self.workspace, window=window)
+            fastest_decode(q, kv.k, kv.v)(*inputs, out, self.workspace, window=window)
         else:
-            paged_attention(*inputs, self.query_starts, out, max_query_len=self.max_query_len, window=window)
+            kernel = fastest_attention(q, kv.k, kv.v, len(self.num_tokens), self.max_query_len)
+            kernel(*inputs, self.query_starts, out, max_query_len=self.max_query_len, window=window)
         return out
