@@ -47,7 +47,8 @@ def attend(kernel: Callable[..., None], case: PagedCase, out: torch.Tensor) -> N
 
 
 LAUNCHES = (
-    "paged_decode", "paged_decode_hopper", "paged_decode, fixed split", "shared_prefix_decode", "paged_attention", "paged_attention_hopper",
+    "paged_decode", "paged_decode_hopper", "paged_decode, fixed split", "shared_prefix_decode", "paged_attention",
+    "paged_attention_hopper",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def fastest_attention(
 ) -> Kernel:
     """`paged_attention` or `paged_attention_hopper`.
 
-    The Hopper kernel visits max_query_len queries of every request, there or not: a long chunk among decodes is not its.
+    The Hopper kernel visits max_query_len queries of every request: a long chunk among decodes is not for it.
     """
     is_sparse = 4 * len(q) < num_requests * max_query_len
     return paged_attention if is_sparse or attention_obstacle(q, k_cache, v_cache) else paged_attention_hopper
