@@ -3,10 +3,12 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from minivllm_kernels.activations import silu_and_mul
+from minivllm_kernels.attention_configs import PrefixConfig, prefix_config
 from minivllm_kernels.mla_decode import mla_decode
 from minivllm_kernels.mla_decode_hopper import mla_decode_hopper
 from minivllm_kernels.norms import add_rms_norm
@@ -34,11 +36,12 @@ def decode_hopper(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace)
     paged_decode_hopper(*inputs, workspace)
 
 
-def shared(
-    case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, prefix: torch.Tensor, groups: torch.Tensor
-) -> None:
-    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, prefix, groups, out)
-    shared_prefix_decode(*inputs, workspace, max_own_tokens=512)
+def shared(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, config: PrefixConfig | None = None) -> None:
+    """Groups of one request, and no prefix."""
+    alone = torch.arange(len(case.num_tokens) + 1, dtype=torch.int32, device=DEVICE)
+    nothing = torch.zeros_like(case.num_tokens)
+    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, nothing, alone, out)
+    shared_prefix_decode(*inputs, workspace, max_own_tokens=512, config=config)
 
 
 def attend(kernel: Callable[..., None], case: PagedCase, out: torch.Tensor) -> None:
@@ -47,8 +50,8 @@ def attend(kernel: Callable[..., None], case: PagedCase, out: torch.Tensor) -> N
 
 
 LAUNCHES = (
-    "paged_decode", "paged_decode_hopper", "paged_decode, fixed split", "shared_prefix_decode", "paged_attention",
-    "paged_attention_hopper",
+    "paged_decode", "paged_decode_hopper", "paged_decode, fixed split", "shared_prefix_decode",
+    "shared_prefix_decode_hopper", "paged_attention", "paged_attention_hopper",
 )  # fmt: skip
 
 
@@ -56,16 +59,16 @@ def launch(name: str, case: PagedCase) -> Callable[[], torch.Tensor]:
     """A call without arguments that fills and returns the same output each time."""
     num_heads, head_size = case.q.shape[1:]
     out = torch.full_like(case.q, math.nan)
-    workspace = SplitWorkspace.allocate(
-        DEVICE, len(case.q) * num_heads * 64, num_heads // case.k_cache.shape[2], head_size
-    )
-    nothing = torch.zeros(len(case.num_tokens), dtype=torch.int32, device=DEVICE)
-    alone = torch.arange(len(case.num_tokens) + 1, dtype=torch.int32, device=DEVICE)
+    num_rows = 100_000 + len(case.q) * num_heads * 64
+    workspace = SplitWorkspace.allocate(DEVICE, num_rows, num_heads // case.k_cache.shape[2], head_size)
     kernels: dict[str, Launch] = {
         "paged_decode": partial(decode, workspace=workspace),
         "paged_decode_hopper": partial(decode_hopper, workspace=workspace),
         "paged_decode, fixed split": partial(decode, workspace=workspace, split_tokens=256),
-        "shared_prefix_decode": partial(shared, workspace=workspace, prefix=nothing, groups=alone),
+        "shared_prefix_decode": partial(
+            shared, workspace=workspace, config=replace(prefix_config(DEVICE), stream=None)
+        ),
+        "shared_prefix_decode_hopper": partial(shared, workspace=workspace),
         "paged_attention": partial(attend, paged_attention),
         "paged_attention_hopper": partial(attend, paged_attention_hopper),
     }
@@ -109,6 +112,7 @@ def run_mla(*kernels: Callable[..., None]) -> None:
 
 
 def main() -> None:
+    """The first argument is a word: kernels with it in their name are left out."""
     decodes = paged_case([1] * 3, [200, 1, 65], heads=(6, 2), dtype=torch.bfloat16)
     prompts = paged_case([5, 1, 70], [205, 1, 70], heads=(6, 2), dtype=torch.bfloat16)
     left_out = sys.argv[1] if torch.cuda.get_device_capability()[0] == 9 else "hopper"
@@ -116,7 +120,7 @@ def main() -> None:
     for name in names:
         launch(name, decodes if "decode" in name else prompts)()
     run_row_kernels()
-    run_mla(mla_decode, *([] if left_out == "hopper" else [mla_decode_hopper]))
+    run_mla(*(kernel for kernel in (mla_decode, mla_decode_hopper) if left_out not in kernel.__name__))
     torch.cuda.synchronize()
     print(f"{len(names)} attention kernels ran, and the others")
 

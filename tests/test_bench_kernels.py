@@ -99,6 +99,16 @@ def test_every_part_of_the_target_table_is_there_and_no_name_twice() -> None:
     assert named <= {case.name for case in cases}
 
 
+def test_ragged_lengths_differ_and_their_twin_has_as_many_bytes() -> None:
+    cases = {case.name: case for case in attention_cases()}
+    ragged = next(case for name, case in cases.items() if "ragged" in name)
+    assert ragged.target.twin is not None
+    equal = cases[ragged.target.twin[0]]
+    lengths = {total for _, total in ragged.build.args[0].requests}  # type: ignore[attr-defined]
+    assert min(lengths) < 200 and max(lengths) > 1900 and len(lengths) > 200
+    assert abs(ragged.num_bytes / equal.num_bytes - 1) < 0.05
+
+
 def test_speed_counts_the_resource_that_binds() -> None:
     by_bytes = replace(SMALL["decode"], num_bytes=350_000_000, flops=0)
     assert bench.rates(by_bytes, 100.0, ROOFS) == (3500.0, 0.875)

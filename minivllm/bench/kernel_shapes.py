@@ -180,7 +180,8 @@ def attention_cases() -> list[Case]:
 
 
 def decode_cases() -> list[Case]:
-    ragged = [Random(0).randint(100, 2048) for _ in range(256)]
+    random = Random(0)
+    ragged = [random.randint(100, 2048) for _ in range(256)]
     mean = sum(ragged) // 256
     shapes = [
         ("64 x 4096, 32/8", [4096] * 64, (32, 8), 128, Target(at_most_us=260)),
