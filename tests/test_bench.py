@@ -9,7 +9,16 @@ import pytest
 from transformers import PreTrainedModel
 
 from minivllm.bench import engine as bench
-from minivllm.bench.table import BEGIN, END, RESULTS, table
+from minivllm.bench.table import (
+    BEGIN,
+    END,
+    KERNEL_BEGIN,
+    KERNEL_END,
+    KERNEL_RESULTS,
+    RESULTS,
+    kernel_table,
+    table,
+)
 from minivllm.errors import ConfigError
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -19,6 +28,13 @@ README = Path(__file__).parents[1] / "README.md"
 def test_readme_shows_the_committed_figures() -> None:
     text = README.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == table()
+
+
+@pytest.mark.skipif(not KERNEL_RESULTS.exists(), reason="not measured yet")
+def test_readme_shows_the_committed_kernel_figures() -> None:
+    text = README.read_text()
+    shown = text[text.index(KERNEL_BEGIN) + len(KERNEL_BEGIN) : text.index(KERNEL_END)]
+    assert shown == kernel_table()
 
 
 def test_result_file_names_machine_commit_seed_and_command() -> None:
