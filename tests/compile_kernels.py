@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tests.kernel_examples import EXAMPLES, ON_EVERY_GPU, Example
+from tests.wgmma_hazards import overwritten_registers
 
 NUM_WORKERS = 2
 
@@ -64,6 +65,7 @@ class Row:
     registers: int = 0
     stack_bytes: int = 0  # spilled registers live there
     shared_bytes: int = 0
+    num_hazards: int = 0  # instructions that write a register of a product under way
     seconds: float = 0.0
     programs_per_sm: int = 1
     allowed_stack_bytes: int = 0
@@ -81,6 +83,8 @@ def broken_bounds(row: Row) -> list[str]:
         found.append(f"{row.stack_bytes} bytes of stack (spills), at most {row.allowed_stack_bytes}")
     if row.shared_bytes > gpu.program_shared_bytes:
         found.append(f"{row.shared_bytes} bytes of shared memory, at most {gpu.program_shared_bytes}")
+    if row.num_hazards:
+        found.append(f"{row.num_hazards} instructions write registers of a product under way: wgmma_hazards.py")
     fit = programs_that_fit(row)
     if fit < row.programs_per_sm:
         found.append(f"{fit} programs fit an SM, the configuration counts on {row.programs_per_sm}")
@@ -212,14 +216,21 @@ def compiled(index: int) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert found, usage.stdout
+        usage = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = nvidia_tool("nvdisasm", "-c", file.name) if "wgmma" in kernel.asm["ptx"] else ""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
     return replace(
         launch.row, num_warps=kernel.metadata.num_warps, registers=int(found[1]), stack_bytes=int(found[2]),
-        shared_bytes=kernel.metadata.shared, seconds=round(time.perf_counter() - started_s, 2),
+        shared_bytes=kernel.metadata.shared, num_hazards=len(overwritten_registers(sass)),
+        seconds=round(time.perf_counter() - started_s, 2),
     )  # fmt: skip
+
+
+def nvidia_tool(name: str, *arguments: str) -> str:
+    """What one of the tools in Triton's wheel prints."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def one_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.compile_kernels import Row, broken_bounds, listing
+from tests.wgmma_hazards import overwritten_registers
 
 ROOT = Path(__file__).resolve().parents[1]
 FIT = Row("decode", "stream_kernel", 90, num_warps=4, registers=128, shared_bytes=70_000, programs_per_sm=3)
@@ -65,6 +66,7 @@ def launched_kernels() -> Iterator[str]:
         ({"shared_bytes": 240_000, "programs_per_sm": 0}, "240000 bytes of shared memory, at most 232448"),
         ({"shared_bytes": 80_000}, "2 programs fit an SM, the configuration counts on 3"),
         ({"registers": 168, "num_warps": 8}, "1 programs fit an SM, the configuration counts on 3"),
+        ({"num_hazards": 2}, "2 instructions write registers of a product under way: wgmma_hazards.py"),
         ({"error": "OutOfResources"}, "OutOfResources"),
     ],
 )
@@ -72,3 +74,25 @@ def test_a_broken_bound_is_named(changes: dict[str, Any], complaint: str) -> Non
     assert broken_bounds(FIT) == []
     assert broken_bounds(replace(FIT, **changes)) == [complaint]
     assert complaint in listing([replace(FIT, **changes)])
+
+
+LOOP = """
+.L_x_1:
+        {wait}
+        /*0100*/   MUFU.EX2 {written}, R40 ;
+        /*0120*/   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], !UPT ;
+        /*0130*/   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0140*/   HGMMA.64x128x16.F32.BF16 R88, R60, gdesc[UR8], R88 ;
+        /*0150*/   @P0 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(("written", "num_found"), [("R61", 1), ("R100", 1), ("R59", 0), ("R64", 0)])
+def test_a_write_to_a_product_under_way_is_found(written: str, num_found: int) -> None:
+    """The product reads R60 .. R63 and fills R88 .. R151; nothing waits for it before the loop begins again."""
+    assert len(overwritten_registers(LOOP.format(written=written, wait=""))) == num_found
+
+
+def test_a_write_after_the_wait_is_no_hazard() -> None:
+    wait = "/*00f0*/   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    assert overwritten_registers(LOOP.format(written="R61", wait=wait)) == []
