@@ -137,6 +137,24 @@ def test_queries_may_be_a_slice_of_the_fused_projection() -> None:
     assert torch.equal(decode(sliced), decode(case))
 
 
+@pytest.mark.parametrize("split_tokens", [None, 128], ids=["equal shares", "fixed split"])
+def test_block_tables_may_be_a_slice_of_a_wider_buffer(split_tokens: int | None) -> None:
+    case = paged_case([1] * 2, [20, 70])
+    wide = torch.full((2, 11), 10**6, dtype=torch.int32, device=DEVICE)
+    wide[:, : case.block_table.shape[1]] = case.block_table
+    table = wide[:, : case.block_table.shape[1]]
+    sliced = PagedCase(case.q, case.k_cache, case.v_cache, table, case.num_tokens, case.query_starts)
+    assert torch.equal(decode(sliced, split_tokens=split_tokens), decode(case, split_tokens=split_tokens))
+
+
+def test_an_empty_batch_is_no_work() -> None:
+    case = paged_case([1] * 2, [20, 70])
+    empty = PagedCase(
+        case.q[:0], case.k_cache, case.v_cache, case.block_table[:0], case.num_tokens[:0], case.query_starts[:1]
+    )  # fmt: skip
+    assert decode(empty).shape == (0, 4, 64)
+
+
 def prefix_case(
     group_sizes: list[int], prefixes: list[int], own: list[int], dtype: torch.dtype, block_size: int = 16
 ) -> tuple[PagedCase, torch.Tensor, torch.Tensor]:
@@ -193,6 +211,10 @@ def bad(change: str) -> dict[str, Any]:
         case "room":
             arguments["split_tokens"] = 128
             arguments["block_table"] = case.block_table.repeat(1, 20_000).contiguous()
+        case "window" | "soft_cap" | "scale":
+            arguments[change] = 0
+        case "rank":
+            arguments["q"] = case.q[0]
         case "block_size":
             arguments["k_cache"] = arguments["v_cache"] = case.k_cache[:, :5]
     return arguments
@@ -207,6 +229,10 @@ def bad(change: str) -> dict[str, Any]:
         ("split", "split_tokens 100 is no multiple of"),
         ("room", "allocate it larger"),
         ("block_size", "block_size 5 is not one of"),
+        ("window", "window is 0: pass at least 1"),
+        ("soft_cap", "soft_cap is 0: pass a positive number"),
+        ("scale", "scale is 0: pass a positive number"),
+        ("rank", r"q has shape \(4, 64\), expected \[rows, heads, head size\]"),
     ],
 )
 def test_bad_input_gets_one_line(change: str, message: str) -> None:

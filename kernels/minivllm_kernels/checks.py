@@ -30,20 +30,30 @@ def check_float(name: str, tensor: torch.Tensor, *others: torch.Tensor) -> None:
 
 
 def check_index(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Integer inputs are int32 (half the bytes of int64), contiguous, on the kernel's device."""
+    """Integer inputs are int32, half the bytes of int64, on the kernel's device; tables may be slices of wider ones."""
     require(tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     require(tensor.dtype == torch.int32, f"{name} is {tensor.dtype}: pass int32")
     require(tensor.device == device, f"{name} is on {tensor.device}, the queries are on {device}")
-    require(tensor.is_contiguous(), f"{name} must be contiguous")
+    is_dense = tensor.numel() == 0 or tensor.stride(-1) == 1
+    require(is_dense, f"{name}: the last dimension must be contiguous, its stride is not 1")
 
 
-def check_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_heads: int, head_size: int) -> None:
-    """K and V caches [num_blocks, block_size, Hkv, D] that serve queries of `num_heads` heads of `head_size`."""
+def check_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:
+    """Numbers that change what attention computes."""
+    require(scale is None or scale > 0, f"scale is {scale}: pass a positive number, or None for 1 / sqrt(head size)")
+    require(window is None or window >= 1, f"window is {window}: pass at least 1, or None to see all keys")
+    require(soft_cap is None or soft_cap > 0, f"soft_cap is {soft_cap}: pass a positive number, or None")
+
+
+def check_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Queries [rows, H, D] and K and V caches [num_blocks, block_size, Hkv, D] that serve them."""
+    require(q.ndim == 3, f"q has shape {tuple(q.shape)}, expected [rows, heads, head size]")
     check_float("q", q, k_cache, v_cache)
     require(
         k_cache.ndim == 4 and k_cache.shape == v_cache.shape and k_cache.stride() == v_cache.stride(),
         "k_cache and v_cache must be two [num_blocks, block_size, Hkv, D] tensors of the same shape and strides",
     )
+    _, num_heads, head_size = q.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
     require(block_size in BLOCK_SIZES, f"block_size {block_size} is not one of {BLOCK_SIZES}")
     require(head_size in HEAD_SIZES, f"head size {head_size} is not one of {HEAD_SIZES}")

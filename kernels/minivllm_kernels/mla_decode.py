@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from minivllm_kernels.attention_configs import MlaConfig, mla_config
-from minivllm_kernels.checks import BLOCK_SIZES, check_float, check_index, require
+from minivllm_kernels.checks import BLOCK_SIZES, check_float, check_index, check_options, require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.split_kv import SplitWorkspace, merge_partials
 
@@ -189,7 +189,10 @@ def mla_decode(
     Raises ValueError for shapes, types and workspaces that do not fit. Allocates nothing; fit for a CUDA graph.
     """
     _check(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
+    check_options(scale, None, None)
     batch_size, num_heads, latent = q_latent.shape
+    if batch_size == 0:
+        return
     config = config or mla_config(q_latent.device, num_heads, q_latent.dtype)
     head_blocks = triton.cdiv(num_heads, config.heads)
     reading = _reading(q_latent, q_rope, latent_cache, config)

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minivllm_kernels.attention_configs import MlaHopperConfig, mla_hopper_config
-from minivllm_kernels.checks import hopper_obstacle, require
+from minivllm_kernels.checks import check_options, hopper_obstacle, require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.mla_decode import _check, _merge_stream_kernel, _merging
 from minivllm_kernels.mla_fetch import BOX, TILE, equal_share, produce, segment
@@ -215,7 +215,9 @@ def mla_decode_hopper(
     block_size, width = latent_cache.shape[1:]
     obstacle = mla_obstacle(q_latent, q_rope, latent_cache)
     require(obstacle is None, f"{obstacle}: use mla_decode")
-    require(scale > 0, f"scale is {scale}: pass more than 0")
+    check_options(scale, None, None)
+    if batch_size == 0:
+        return
     config = config or mla_hopper_config(num_heads)
     fits = width // BOX.value % config.pack == 0 and width // BOX.value <= config.pack * config.places
     require(fits, f"{width} columns are not packs of {config.pack} boxes of 64, or the ring is short: use mla_decode")

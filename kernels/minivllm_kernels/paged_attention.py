@@ -36,7 +36,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minivllm_kernels.attention_configs import AttentionConfig, attention_config
-from minivllm_kernels.checks import check_cache, check_float, check_index, require
+from minivllm_kernels.checks import check_cache, check_float, check_index, check_options, require
 
 LOG2_E = math.log2(math.e)
 
@@ -205,7 +205,7 @@ def paged_attention(
     """
     _check_requests(q, out, block_table, num_tokens, query_starts)
     num_rows, num_heads, head_size = q.shape
-    check_cache(q, k_cache, v_cache, num_heads, head_size)
+    check_cache(q, k_cache, v_cache)
     _, block_size, num_kv_heads, _ = k_cache.shape
     group, batch_size = num_heads // num_kv_heads, num_tokens.shape[0]
     scale = head_size**-0.5 if scale is None else scale
@@ -246,9 +246,7 @@ def _check_requests(
 def _check_options(max_query_len: int, scale: float, window: int | None, soft_cap: float | None, group: int) -> None:
     """The numbers that a kernel cannot refuse."""
     require(max_query_len >= 1, f"max_query_len is {max_query_len}: pass the longest request's queries, at least 1")
-    require(scale > 0, f"scale is {scale}: pass a positive number, as the largest score is found before scaling")
-    require(window is None or window >= 1, f"window is {window}: pass at least 1, or None to see all keys")
-    require(soft_cap is None or soft_cap > 0, f"soft_cap is {soft_cap}: pass a positive number or None")
+    check_options(scale, window, soft_cap)  # the largest score is found before scaling: a negative scale would be wrong
     require(group <= 128, f"{group} query heads share a KV head: a tile holds 128 at most")
 
 

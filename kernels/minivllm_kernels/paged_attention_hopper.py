@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minivllm_kernels.attention_configs import HOPPER_ATTENTION
-from minivllm_kernels.checks import check_cache, check_float, check_index, hopper_obstacle, require
+from minivllm_kernels.checks import check_cache, check_float, check_index, check_options, hopper_obstacle, require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.hopper_fetch import BOX_COLUMNS, GROUP_ROWS, ITEM_ROWS, produce, work_item
 
@@ -228,7 +228,7 @@ def _check(
     num_tokens: torch.Tensor, query_starts: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Shapes and types, and that nothing here is for the plain kernel alone."""
-    check_cache(q, k_cache, v_cache, q.shape[1], q.shape[2])
+    check_cache(q, k_cache, v_cache)
     check_float("out", out, q)
     require(out.shape == q.shape, f"out has shape {tuple(out.shape)}, q {tuple(q.shape)}")
     num_requests, width = block_table.shape
@@ -267,9 +267,7 @@ def paged_attention_hopper(
     """
     _check(q, k_cache, v_cache, block_table, num_tokens, query_starts, out)
     require(max_query_len >= 0, f"max_query_len is {max_query_len}: pass the longest request's number of queries")
-    require(scale is None or scale > 0, f"scale is {scale}: pass more than 0, or None")
-    require(window is None or window > 0, f"window is {window}: pass at least 1, or None")
-    require(soft_cap is None or soft_cap > 0, f"soft_cap is {soft_cap}: pass more than 0, or None")
+    check_options(scale, window, soft_cap)
     heads, head_size = q.shape[1:]
     config = HOPPER_ATTENTION[head_size]
     num_requests, num_query_tiles = block_table.shape[0], -(-max_query_len // ITEM_ROWS.value)

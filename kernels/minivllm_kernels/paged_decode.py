@@ -118,6 +118,8 @@ def paged_decode(
     """
     inputs = (q, k_cache, v_cache, block_table, num_tokens)
     arguments = decode_arguments(*inputs, out, scale, window, soft_cap, config)
+    if len(q) == 0:
+        return
     if split_tokens is not None:
         num_chunks = triton.cdiv(block_table.shape[1] * k_cache.shape[1], split_tokens)
         store_chunks(inputs, None, workspace, arguments, split_tokens, 0, num_chunks)

@@ -223,6 +223,8 @@ def launch_stream(
     q, k_cache, v_cache, block_table, num_tokens = inputs
     obstacle = decode_obstacle(q, k_cache, v_cache)
     require(obstacle is None, f"{obstacle}: use paged_decode")
+    if len(q) == 0:
+        return
     head_size, group, block_size = q.shape[2], arguments.shape["GROUP"], k_cache.shape[1]
     rows = max(8, triton.next_power_of_2(group))  # heads as columns of a product
     num_sms = num_multiprocessors(q.device)

@@ -108,6 +108,8 @@ def shared_prefix_decode(
     check_index("prefix_tokens", prefix_tokens, (len(q),), q.device)
     check_index("group_starts", group_starts, (len(group_starts),), q.device)
     require(len(group_starts) >= 2, "group_starts needs G + 1 entries, from 0 to the number of requests")
+    if len(q) == 0:
+        return
     cuts = _cut(inputs, len(group_starts) - 1, max_own_tokens, config)
     num_cut_rows = 2 * cuts.num_programs * arguments.shape["GROUP"]
     workspace.require_room(num_cut_rows + q.shape[0] * q.shape[1] * cuts.num_slots, q.shape[2])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from minivllm_kernels.attention_configs import MOST_PROGRAMS_PER_SM, DecodeConfig, decode_config
-from minivllm_kernels.checks import check_cache, check_float, check_index, require
+from minivllm_kernels.checks import check_cache, check_float, check_index, check_options, require
 from minivllm_kernels.configs import num_multiprocessors
 
 LOG2_E = 1.4426950408889634  # scores are scaled by it, so that exp becomes exp2
@@ -228,8 +228,9 @@ def decode_arguments(
     config: DecodeConfig | None,
 ) -> DecodeArguments:
     """Check the inputs of a decode launch, as `paged_decode` documents them, and derive its constants."""
+    check_cache(q, k_cache, v_cache)
+    check_options(scale, window, soft_cap)
     batch_size, num_heads, head_size = q.shape
-    check_cache(q, k_cache, v_cache, num_heads, head_size)
     check_float("q", q, out)
     require(out.shape == q.shape, f"out has shape {tuple(out.shape)}, q {tuple(q.shape)}")
     check_index("block_table", block_table, (batch_size, block_table.shape[-1]), q.device)

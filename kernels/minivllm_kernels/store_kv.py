@@ -145,7 +145,7 @@ def store_kv(
         k_cache.shape[2:] == k.shape[1:],
         f"k has {num_kv_heads} heads of {head_size}, the cache has shape {tuple(k_cache.shape)}",
     )
-    checks.check_cache(k, k_cache, v_cache, num_kv_heads, head_size)
+    checks.check_cache(k, k_cache, v_cache)
     _check_per_token("slots", slots, num_tokens, k.device)
     if num_tokens == 0:
         return
@@ -180,7 +180,7 @@ def qk_norm_rope_store(
     """
     num_tokens, head_size = len(qkv), q_out.shape[-1]
     _check_fused(qkv, q_weight, k_weight, cos_sin, q_out, num_heads, num_kv_heads)
-    checks.check_cache(q_out, k_cache, v_cache, num_heads, head_size)
+    checks.check_cache(q_out, k_cache, v_cache)
     checks.require(k_cache.shape[2] == num_kv_heads, f"num_kv_heads is {num_kv_heads}, the cache's {k_cache.shape[2]}")
     _check_per_token("positions", positions, num_tokens, qkv.device)
     _check_per_token("slots", slots, num_tokens, qkv.device)
