@@ -22,8 +22,8 @@ from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.read import TILE, TILES, read_sums
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
-from minivllm_kernels.split_kv import SplitWorkspace
 from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
+from minivllm_kernels.workspace import SplitWorkspace
 
 LITTLE = 32  # bytes of stack: eight registers, spilled outside the loops
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -44,7 +44,7 @@ class Example:
 
     @property
     def is_for_every_gpu(self) -> bool:
-        return self.name in ON_EVERY_GPU
+        return not self.name.startswith("Gluon")
 
 
 @dataclass(frozen=True)
@@ -206,17 +206,10 @@ GLUON_DECODES = {
     "fp16": partial(decode_hopper, Paged(dtype=FP16)),
 }
 FILTERS = ("top_k", "top_p", "min_p")
-# Beside these, sm_90 alone: head sizes, types and options change the code, hardly what another GPU makes of it.
-ON_EVERY_GPU = {
-    "decode d 128", "decode d 256", "decode 9/3 d 64", "prefill d 128", "prefill d 128 block 16",
-    "prefill d 256 block 16", "prefill of 16 block 16", "prefill of 4 block 16", "MLA 16 heads", "MLA 32 heads",
-    "shared prefix d 128", "norm RoPE store d 128", "store_kv d 128", "add norm 4096", "sample bf16",
-    "sample filtered", "silu_and_mul bf16",
-}  # fmt: skip
-
 SPILLS = {  # bytes of stack that we know of and accept: shrink them, never let them grow
     "prefill d 80": 112, "prefill d 96": 112, "prefill d 128": 120, "prefill fp16": 120,
-    "prefill window, soft cap": 248, "MLA 128 heads": 128, "decode MQA": 64, "Gluon decode 64/1": 448,
+    "prefill window, soft cap": 248, "MLA 128 heads": 128, "decode MQA": 64,
+    "shared prefix d 64": 192, "shared prefix d 256": 40, "Gluon decode 64/1": 448,
 }  # fmt: skip
 
 EXAMPLES = [

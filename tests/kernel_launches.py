@@ -18,8 +18,8 @@ from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
-from minivllm_kernels.split_kv import SplitWorkspace
 from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
+from minivllm_kernels.workspace import SplitWorkspace
 
 from tests.kernel_cases import DEVICE, PagedCase, paged_case
 

@@ -1,7 +1,7 @@
 """Every kernel as it ships compiles for every class of GPU without a GPU: no spills, and it fits as often as promised.
 
-sm_80, sm_86, sm_90 and sm_100 stand for the four device classes of configs.py; what differs by head size or dtype alone
-is compiled for sm_90 only (tests/kernel_examples.py says which). It needs a process of its own: this one may interpret.
+sm_80, sm_86, sm_90 and sm_100 stand for the four device classes of configs.py; the Gluon kernels are for sm_90 alone.
+It needs a process of its own: this one may interpret.
 """
 
 import ast

@@ -8,7 +8,7 @@ import torch
 from minivllm_kernels.attention_configs import mla_config
 from minivllm_kernels.mla_decode import mla_decode
 from minivllm_kernels.reference import mla_decode_twin
-from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.workspace import SplitWorkspace
 
 from tests.kernel_cases import DEVICE, DTYPES, HAS_GPU, TOLERANCE, relative_error
 

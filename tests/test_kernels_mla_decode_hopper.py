@@ -8,7 +8,7 @@ import torch
 from minivllm_kernels import checks, configs, mla_decode_hopper, mla_fetch
 from minivllm_kernels.attention_configs import MLA_HOPPER, MlaHopperConfig
 from minivllm_kernels.reference import mla_decode_twin
-from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.workspace import SplitWorkspace
 
 from tests.gluon_threads import ThreadedKernel
 from tests.kernel_cases import DEVICE, HAS_GPU, TOLERANCE, relative_error

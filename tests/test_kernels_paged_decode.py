@@ -1,15 +1,17 @@
 """Decode attention kernels against float64: odd lengths and shapes, shuffled blocks, NaN in every slot not in use."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from minivllm_kernels.attention_configs import decode_config
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.reference import paged_attention_twin
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
-from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.workspace import SplitWorkspace
 
 from tests.kernel_cases import DEVICE, DTYPES, HAS_GPU, TOLERANCE, PagedCase, paged_case, relative_error
 
@@ -137,6 +139,26 @@ def test_queries_may_be_a_slice_of_the_fused_projection() -> None:
     assert torch.equal(decode(sliced), decode(case))
 
 
+def test_more_parts_than_the_merge_reads_at_a_time() -> None:
+    tile = decode_config(DEVICE).tile_tokens(64 * 4)
+    case = paged_case([1] * 2, [11 * tile - 3, 20 * tile], seed=1)
+    case.q.mul_(6)  # sharp scores: the largest so far changes from part to part
+    assert relative_error(decode(case, split_tokens=tile), twin(case)) < TOLERANCE[torch.float32]
+
+
+def test_a_prefix_shorter_than_its_splits() -> None:
+    case = paged_case([1] * 2, [17, 40], heads=(3, 1))
+    case.block_table[1, 0] = case.block_table[0, 0]
+    workspace = SplitWorkspace.allocate(DEVICE, 2 * 3 * 16, 3, 64)
+    out = torch.full_like(case.q, math.nan)
+    shared, groups = torch.full_like(case.num_tokens, 16), torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
+    shared_prefix_decode(
+        case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, shared, groups, out, workspace,
+        max_own_tokens=24,
+    )  # fmt: skip
+    assert relative_error(out, twin(case)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("split_tokens", [None, 128], ids=["equal shares", "fixed split"])
 def test_block_tables_may_be_a_slice_of_a_wider_buffer(split_tokens: int | None) -> None:
     case = paged_case([1] * 2, [20, 70])
@@ -208,6 +230,10 @@ def bad(change: str) -> dict[str, Any]:
             arguments["k_cache"] = case.k_cache.half()
         case "split":
             arguments["split_tokens"] = 100
+        case "no split":
+            arguments["split_tokens"] = 0
+        case "counters":
+            arguments["workspace"] = replace(workspace, arrivals=workspace.arrivals[:1])
         case "room":
             arguments["split_tokens"] = 128
             arguments["block_table"] = case.block_table.repeat(1, 20_000).contiguous()
@@ -227,6 +253,8 @@ def bad(change: str) -> dict[str, Any]:
         ("int64", "num_tokens is torch.int64: pass int32"),
         ("dtype", "q is torch.float32 but another input is torch.float16: cast one"),
         ("split", "split_tokens 100 is no multiple of"),
+        ("no split", "split_tokens is 0: pass a multiple of the tile"),
+        ("counters", "the workspace counts 1 programs, this launch has"),
         ("room", "allocate it larger"),
         ("block_size", "block_size 5 is not one of"),
         ("window", "window is 0: pass at least 1"),

@@ -23,7 +23,7 @@ from minivllm_kernels.attention_configs import (
     prefix_config,
 )
 from minivllm_kernels.reference import paged_attention_twin
-from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.workspace import SplitWorkspace
 
 from tests.gluon_threads import ThreadedKernel
 from tests.kernel_cases import DEVICE, HAS_GPU, TOLERANCE, PagedCase, paged_case, relative_error

@@ -312,3 +312,13 @@ def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str
              "arrivals": torch.zeros(2, dtype=torch.int32)}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         sample(config=CONFIG, **{name: tensor.to(DEVICE) for name, tensor in {**right, **change}.items()})
+
+
+@pytest.mark.parametrize("filters", [{"top_p": [0.9]}, {"min_p": [0.001]}, {"min_p": [1.0]}, {"top_k": [3]}], ids=str)
+def test_a_logit_of_exactly_zero_is_kept_like_any_other(filters: dict[str, list[float]]) -> None:
+    """Zero as the smallest and as the largest logit: below it comes no -0, which it would not exceed."""
+    for row in ([-math.inf] * 4 + [0.0] * 4, [3.0, 2.0, 1.0, 0.0], [0.0, -1.0, -2.0, -8.0]):
+        logits = torch.tensor([row] * 64)
+        every = {name: values * 64 for name, values in filters.items()}
+        twin = sample_twin(logits, **{k: v.cpu() for k, v in rows(64, 5.0, list(range(64)), None, every).items()})
+        assert torch.equal(draw(logits, 5.0, list(range(64)), filters=every), twin)

@@ -21,7 +21,8 @@ EPS = 1e-6
 SLOTS = (37, -1, 0, 18, 17)  # the second token is padding
 # transformers rounds where the kernels do: what is left is the order of a sum, which flips a few roundings
 # Rare last-bit differences: a GPU fuses multiply and add where transformers rounds between them.
-SAME = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+SAME_TURNED = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}  # a sum's order changes an rms
+SAME = {torch.float32: 1e-6, torch.float16: 4e-4 if HAS_GPU else 1e-5, torch.bfloat16: 4e-3}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -161,9 +162,9 @@ def test_fused_kernel_rounds_as_transformers_does(dtype: torch.dtype, has_norm: 
         x[0].transpose(0, 1) for x in apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     )
     case.run()
-    assert relative_error(case.q_out, q) < SAME[dtype]
+    assert relative_error(case.q_out, q) < SAME_TURNED[dtype]
     stored = case.caches[0].flatten(0, 1)[case.slots[case.slots >= 0]]
-    assert relative_error(stored, k[case.slots >= 0]) < SAME[dtype]
+    assert relative_error(stored, k[case.slots >= 0]) < SAME_TURNED[dtype]
 
 
 def norm_of(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -271,6 +272,7 @@ def test_nothing_to_do_launches_nothing() -> None:
     replace(case, qkv=case.qkv[:0], positions=none, slots=none, q_out=case.q_out[:0]).run()
     store_kv(randn(0, 2, 64), randn(0, 2, 64), *case.caches, none)
     rms_norm(randn(2, 8)[:0], randn(8), randn(2, 8)[:0], eps=EPS)
+    add_rms_norm(randn(2, 8)[:0], randn(2, 8)[:0], randn(8), randn(2, 8)[:0], eps=EPS)
     silu_and_mul(randn(2, 16)[:0], randn(2, 8)[:0])
     assert case.caches[0].isnan().all()
 

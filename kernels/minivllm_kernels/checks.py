@@ -16,9 +16,18 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def can_run(device: torch.device) -> bool:
+    """Whether a launch on this device runs at all: on a CPU only Triton's interpreter does."""
+    return device.type == "cuda" or triton.knobs.runtime.interpret
+
+
 def check_float(name: str, tensor: torch.Tensor, *others: torch.Tensor) -> None:
     """A kernel's inputs: one float type, one device, and rows whose elements lie side by side."""
     require(tensor.dtype in DTYPES, f"{name} is {tensor.dtype}: the kernels take bfloat16, float16 or float32")
+    require(
+        can_run(tensor.device),
+        f"{name} is on {tensor.device}: move it to a GPU, or set TRITON_INTERPRET=1 before Python starts",
+    )
     require(
         not (triton.knobs.runtime.interpret and tensor.dtype == torch.bfloat16),
         f"{name} is bfloat16, which Triton's interpreter gets wrong: use float16 or float32 there",
@@ -58,6 +67,7 @@ def check_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -
     require(block_size in BLOCK_SIZES, f"block_size {block_size} is not one of {BLOCK_SIZES}")
     require(head_size in HEAD_SIZES, f"head size {head_size} is not one of {HEAD_SIZES}")
     require(k_cache.shape[3] == head_size, f"q has head size {head_size}, the cache {k_cache.shape[3]}")
+    require(num_kv_heads > 0, "the cache has no KV heads")
     require(num_heads % num_kv_heads == 0, f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
 
 

@@ -103,7 +103,7 @@ class SamplerConfig:
 
 # Bound by memory on every GPU.
 SAMPLER = {
-    "hopper": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=8192, filter_warps=16),
+    "hopper": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=4096, filter_warps=16),
     "blackwell": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=4096, filter_warps=8),
     "ampere": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=10, stages=1, filter_tile=4096, filter_warps=16),
     "consumer": SamplerConfig(tiles=4, num_warps=4, programs_per_sm=8, stages=1, filter_tile=4096, filter_warps=16),

@@ -24,7 +24,8 @@ import triton.language as tl
 from minivllm_kernels.attention_configs import MlaConfig, mla_config
 from minivllm_kernels.checks import BLOCK_SIZES, check_float, check_index, check_options, require
 from minivllm_kernels.configs import num_multiprocessors
-from minivllm_kernels.split_kv import SplitWorkspace, merge_partials
+from minivllm_kernels.split_kv import merge_partials
+from minivllm_kernels.workspace import SplitWorkspace
 
 LOG2_E = 1.4426950408889634  # scores are scaled by it, so that exp becomes exp2
 MERGE_COLUMNS = 128  # of a part, that one merging program reads

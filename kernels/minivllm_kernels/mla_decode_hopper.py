@@ -34,7 +34,7 @@ from minivllm_kernels.checks import check_options, hopper_obstacle, require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.mla_decode import _check, _merge_stream_kernel, _merging
 from minivllm_kernels.mla_fetch import BOX, TILE, equal_share, produce, segment
-from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.workspace import SplitWorkspace
 
 LOG2_E = math.log2(math.e)
 

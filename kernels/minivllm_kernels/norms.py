@@ -81,9 +81,9 @@ def add_rms_norm(
     Raises ValueError as rms_norm does.
     """
     _check(x, weight, residual, out)
-    checks.require(out.data_ptr() != residual.data_ptr(), "out must not be the residual: both are written")
     if len(x) == 0:
         return
+    checks.require(out.data_ptr() != residual.data_ptr(), "out must not be the residual: both are written")
     width = x.shape[1]
     padded = triton.next_power_of_2(width)
     _add_rms_norm_kernel[(len(x),)](
@@ -97,6 +97,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, out: t
     checks.require(x.ndim == 2, f"x has shape {tuple(x.shape)}, expected [T, h]")
     checks.require(residual.shape == x.shape and out.shape == x.shape, "x, residual and out must have the same shape")
     width = x.shape[1]
-    checks.require(width % 8 == 0 and width <= MAX_WIDTH, f"width {width} is not a multiple of 8 up to {MAX_WIDTH}")
+    checks.require(width % 8 == 0 and 0 < width <= MAX_WIDTH, f"width {width} is not a multiple of 8 up to {MAX_WIDTH}")
     checks.require(weight.shape == (width,), f"weight has shape {tuple(weight.shape)}, expected ({width},)")
     checks.check_float("x", x, weight, residual, out)

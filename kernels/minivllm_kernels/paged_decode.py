@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from minivllm_kernels.attention_configs import DecodeConfig
+from minivllm_kernels.checks import require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.split_kv import (
-    SplitWorkspace,
     attend_tiles,
     decode_arguments,
     merge_chunks,
@@ -29,6 +29,7 @@ from minivllm_kernels.split_kv import (
     store_chunks,
     store_part,
 )
+from minivllm_kernels.workspace import SplitWorkspace
 
 
 @triton.jit(do_not_specialize=["batch_size", "window"])
@@ -121,12 +122,13 @@ def paged_decode(
     if len(q) == 0:
         return
     if split_tokens is not None:
+        require(split_tokens > 0, f"split_tokens is {split_tokens}: pass a multiple of the tile, or None")
         num_chunks = triton.cdiv(block_table.shape[1] * k_cache.shape[1], split_tokens)
         store_chunks(inputs, None, workspace, arguments, split_tokens, 0, num_chunks)
         merge_chunks(inputs, None, out, workspace, arguments, split_tokens, 0, num_chunks)
         return
     programs = arguments.config.programs_per_sm * num_multiprocessors(q.device)
-    workspace.require_room(2 * programs * arguments.shape["GROUP"], q.shape[2])
+    workspace.require_room(2 * programs * arguments.shape["GROUP"], q.shape[2], programs)
     stream_kernel[(programs,)](
         *inputs, out, workspace.parts, workspace.lse, workspace.arrivals, len(q),
         *arguments.numbers, *arguments.strides, out.stride(0), out.stride(1),

@@ -31,7 +31,8 @@ from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.hopper_fetch import BOX_COLUMNS
 from minivllm_kernels.hopper_merge import merge_parts
 from minivllm_kernels.hopper_stream import equal_share, next_pair, produce, segment
-from minivllm_kernels.split_kv import DecodeArguments, SplitWorkspace, decode_arguments
+from minivllm_kernels.split_kv import DecodeArguments, decode_arguments
+from minivllm_kernels.workspace import SplitWorkspace
 
 LOG2_E = gl.constexpr(math.log2(math.e))
 QUERY_SLOTS = gl.constexpr(2)  # of this segment and of the next
@@ -231,7 +232,7 @@ def launch_stream(
     config = config or hopper_decode_config(group, len(q) * k_cache.shape[2] / num_sms)
     tile = config.tile_tokens(head_size)
     programs = config.shares_per_sm * num_sms
-    workspace.require_room(2 * programs * group, head_size)
+    workspace.require_room(2 * programs * group, head_size, programs)
     box = [1, 1, min(block_size, tile, config.box_tokens), BOX_COLUMNS.value]
     _, soft_cap, window = arguments.numbers
     _hopper_decode_kernel[(programs,)](

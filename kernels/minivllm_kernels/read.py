@@ -28,6 +28,8 @@ def _read_kernel(x_ptr, sums_ptr, TILE: tl.constexpr, TILES: tl.constexpr):
 def read_sums(x: torch.Tensor, sums: torch.Tensor) -> None:
     """sums [programs] = the sums of the rows of x [programs, TILE * TILES], contiguous. Raises ValueError otherwise."""
     check_float("x", x)
+    require(sums.dtype == torch.float32 and sums.device == x.device, "sums must be fp32, on the device of x")
     require(x.ndim == 2 and x.shape[1] == TILE * TILES, f"x has shape {tuple(x.shape)}, expected [.., {TILE * TILES}]")
-    require(x.is_contiguous() and sums.shape == x.shape[:1], "x must be contiguous, and sums as long")
+    is_row = sums.shape == x.shape[:1] and sums.is_contiguous()
+    require(x.is_contiguous() and is_row, "x and sums must be contiguous, and sums as long as x")
     _read_kernel[(len(x),)](x, sums, TILE=TILE, TILES=TILES, num_warps=8)

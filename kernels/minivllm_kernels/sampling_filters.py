@@ -116,6 +116,12 @@ def _groups(row_ptr, V, TILE: tl.constexpr):
 
 
 @triton.jit
+def _below(logit, STEP: tl.constexpr):
+    """The next number down, STEP images on; below 0 that is no -0, which 0 does not exceed."""
+    return tl.where(logit == 0.0, -1.1754943508222875e-38, _float_at(_image(logit) - STEP))
+
+
+@triton.jit
 def _floor_kernel(
     logits_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, min_p_ptr, floors_ptr, logits_stride, V,
     STEP: tl.constexpr, TILE: tl.constexpr,
@@ -133,9 +139,9 @@ def _floor_kernel(
         groups, bottom = _groups(row_ptr, V, TILE)
         top = tl.max(groups)
         if (top > -1e30) & (top < 1e30):
-            low = _float_at(_image(bottom) - STEP)
+            low = _below(bottom, STEP)
             if min_p > 0:
-                low = tl.maximum(low, _float_at(_image(top + tl.log2(min_p) / scale) - 1))  # kept at equality
+                low = tl.maximum(low, _below(top + tl.log2(min_p) / scale, 1))  # kept at equality
             if (top_k > 0) & (top_k < V):
                 low = _raise_floor(row_ptr, V, groups, low, top_k, top, scale, STEP, TILE, False)
             if top_p < 1:

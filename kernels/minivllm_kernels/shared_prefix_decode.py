@@ -24,7 +24,6 @@ from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.paged_decode_hopper import decode_obstacle, launch_stream
 from minivllm_kernels.split_kv import (
     DecodeArguments,
-    SplitWorkspace,
     attend_tiles,
     decode_arguments,
     merge_chunks,
@@ -32,6 +31,7 @@ from minivllm_kernels.split_kv import (
     store_chunks,
     store_part,
 )
+from minivllm_kernels.workspace import SplitWorkspace
 
 
 @triton.jit(do_not_specialize=["num_groups", "num_slots"])
@@ -98,8 +98,9 @@ def shared_prefix_decode(
 
     Groups are runs of requests: group g is requests group_starts[g] .. group_starts[g + 1] - 1 (int32 [G + 1], from 0
     to B); its block tables begin with the same blocks and its prefix_tokens [B] are equal; 0 means nothing is shared.
-    `max_own_tokens` bounds num_tokens - prefix_tokens. With a `side_stream` the prefix (arithmetic) runs beside the
-    own keys (memory). A layer with a sliding window gains nothing here: call `paged_decode`.
+    `max_own_tokens` bounds num_tokens - prefix_tokens: keys beyond it are not seen, and only the GPU could tell. The
+    workspace takes B * H * (parts of a prefix + parts of own keys) rows. With a `side_stream` the prefix (arithmetic)
+    runs beside the own keys (memory). A layer with a sliding window gains nothing here: call `paged_decode`.
     Raises ValueError for shapes, types and workspaces that do not fit. Allocates nothing; fit for a CUDA graph.
     """
     config = config or prefix_config(q.device)
@@ -110,6 +111,7 @@ def shared_prefix_decode(
     require(len(group_starts) >= 2, "group_starts needs G + 1 entries, from 0 to the number of requests")
     if len(q) == 0:
         return
+    require(max_own_tokens > 0, f"max_own_tokens is {max_own_tokens}: pass the most keys a request has of its own")
     cuts = _cut(inputs, len(group_starts) - 1, max_own_tokens, config)
     num_cut_rows = 2 * cuts.num_programs * arguments.shape["GROUP"]
     workspace.require_room(num_cut_rows + q.shape[0] * q.shape[1] * cuts.num_slots, q.shape[2])

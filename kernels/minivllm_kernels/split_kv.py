@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm_kernels.attention_configs import MOST_PROGRAMS_PER_SM, DecodeConfig, decode_config
+from minivllm_kernels.attention_configs import DecodeConfig, decode_config
 from minivllm_kernels.checks import check_cache, check_float, check_index, check_options, require
-from minivllm_kernels.configs import num_multiprocessors
+from minivllm_kernels.workspace import SplitWorkspace
 
 LOG2_E = 1.4426950408889634  # scores are scaled by it, so that exp becomes exp2
 
@@ -168,38 +168,6 @@ def merge_kernel(
         out_ptr + request * stride_out + head * GROUP * stride_out_head, stride_out_head,
         GROUP, HEAD_SIZE, MERGE_ROWS, COLS, PARTS,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SplitWorkspace:
-    """Where partial results wait to be merged; made once, then used by every layer and step in turn."""
-
-    parts: torch.Tensor  # [rows, D] fp32; a part takes one row per query head of its KV head
-    lse: torch.Tensor  # [rows] fp32
-    arrivals: torch.Tensor  # [programs] int32, zero between launches: how many parts of a pair are stored
-
-    @classmethod
-    def allocate(cls, device: torch.device, num_rows: int, group: int, head_size: int) -> "SplitWorkspace":
-        """Room for equal shares at any batch, `group` query heads to a KV head, and for `num_rows` parts if more.
-
-        A fixed split stores one row per request, query head and chunk: B * H * ceil(max_tokens / split_tokens).
-        """
-        programs = MOST_PROGRAMS_PER_SM * num_multiprocessors(device)
-        num_rows = max(num_rows, 2 * programs * group)
-        return cls(
-            parts=torch.empty(num_rows, head_size, dtype=torch.float32, device=device),
-            lse=torch.empty(num_rows, dtype=torch.float32, device=device),
-            arrivals=torch.zeros(programs, dtype=torch.int32, device=device),
-        )
-
-    def behind(self, num_rows: int) -> "SplitWorkspace":
-        """What is left when another launch that runs at the same time takes the first rows."""
-        return SplitWorkspace(self.parts[num_rows:], self.lse[num_rows:], self.arrivals)
-
-    def require_room(self, num_rows: int, head_size: int) -> None:
-        """Raise ValueError when a launch would write past the end."""
-        holds = len(self.lse) >= num_rows and self.parts.numel() >= num_rows * head_size
-        require(holds, f"the workspace has {len(self.lse)} rows, this launch needs {num_rows}: allocate it larger")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Requests with one query each go through a decode kernel, anything else through a
 
 import torch
 from minivllm_kernels.fastest import fastest_attention, fastest_decode
-from minivllm_kernels.split_kv import SplitWorkspace
 from minivllm_kernels.store_kv import store_kv
+from minivllm_kernels.workspace import SplitWorkspace
 
 from minivllm.attention import ForwardBatch, LayerKV
 from minivllm.config import ModelConfig

@@ -16,7 +16,7 @@ from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.reference import mla_decode_twin
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
-from minivllm_kernels.split_kv import SplitWorkspace
+from minivllm_kernels.workspace import SplitWorkspace
 
 from minivllm.bench.kernel_inputs import AttentionShape, attention_inputs, relative_error
 from minivllm.bench.kernel_rivals import attention_rivals
