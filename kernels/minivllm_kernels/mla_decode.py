@@ -24,10 +24,9 @@ import triton.language as tl
 from minivllm_kernels.attention_configs import MlaConfig, mla_config
 from minivllm_kernels.checks import BLOCK_SIZES, check_float, check_index, check_options, require
 from minivllm_kernels.configs import num_multiprocessors
-from minivllm_kernels.split_kv import merge_partials
+from minivllm_kernels.split_kv import LOG2_E, merge_partials
 from minivllm_kernels.workspace import SplitWorkspace
 
-LOG2_E = 1.4426950408889634  # scores are scaled by it, so that exp becomes exp2
 MERGE_COLUMNS = 128  # of a part, that one merging program reads
 
 
@@ -113,7 +112,7 @@ def _stream_kernel(
 
 
 @triton.jit(do_not_specialize=["batch_size", "shares"])
-def _merge_stream_kernel(
+def merge_stream_kernel(
     num_tokens_ptr, out_ptr, parts_ptr, lse_ptr, batch_size, shares, stride_out, stride_out_head,
     NUM_HEADS: tl.constexpr, LATENT: tl.constexpr, TILE: tl.constexpr, LEAST_TILES: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
@@ -189,7 +188,7 @@ def mla_decode(
     gives each request the same bits in any batch, and stores B * H * ceil(M * block_size / split_tokens) rows.
     Raises ValueError for shapes, types and workspaces that do not fit. Allocates nothing; fit for a CUDA graph.
     """
-    _check(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
+    check_latent(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
     check_options(scale, None, None)
     batch_size, num_heads, latent = q_latent.shape
     if batch_size == 0:
@@ -208,15 +207,15 @@ def mla_decode(
             *inputs, out, *parts, batch_size, scale * LOG2_E, *strides, *out.stride()[:2], **(reading | line)
         )
         # About two parts a request in a large batch, up to one a share in a small one.
-        grid, merge = _merging(out, *((8, 2) if batch_size * num_heads > 512 else (1, 32)))
-        _merge_stream_kernel[grid](num_tokens, out, *parts, batch_size, shares, *out.stride()[:2], **line, **merge)
+        grid, merge = merging(out, *((8, 2) if batch_size * num_heads > 512 else (1, 32)))
+        merge_stream_kernel[grid](num_tokens, out, *parts, batch_size, shares, *out.stride()[:2], **line, **merge)
         return
     fits = split_tokens > 0 and split_tokens % config.tile == 0
     require(fits, f"split_tokens {split_tokens} is no multiple of the tile, {config.tile}")
     chunks = triton.cdiv(block_table.shape[1] * latent_cache.shape[1], split_tokens)
     workspace.require_room(batch_size * num_heads * chunks, latent)
     _chunk_kernel[(head_blocks, chunks, batch_size)](*inputs, *parts, split_tokens, scale * LOG2_E, *strides, **reading)
-    grid, merge = _merging(out, 1, 32)  # alike in any batch
+    grid, merge = merging(out, 1, 32)  # alike in any batch
     _merge_chunks_kernel[grid](num_tokens, out, *parts, split_tokens, chunks, *out.stride()[:2], **merge)
 
 
@@ -232,7 +231,7 @@ def _reading(
     }  # fmt: skip
 
 
-def _merging(out: torch.Tensor, rows: int, at_once: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+def merging(out: torch.Tensor, rows: int, at_once: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Grid and constants of a merge by programs of `rows` heads that read `at_once` parts at a time."""
     batch_size, num_heads, latent = out.shape
     columns = min(MERGE_COLUMNS, latent)
@@ -240,7 +239,7 @@ def _merging(out: torch.Tensor, rows: int, at_once: int) -> tuple[tuple[int, int
     return (triton.cdiv(num_heads, rows), latent // columns, batch_size), constants
 
 
-def _check(
+def check_latent(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
     latent_cache: torch.Tensor,

@@ -15,8 +15,6 @@ while the other takes exponentials.
 Bytes per token and layer: 1152, read once for up to 64 heads. Operations: 2 * H * (576 + 512) per token.
 """
 
-import math
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -32,11 +30,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from minivllm_kernels.attention_configs import MlaHopperConfig, mla_hopper_config
 from minivllm_kernels.checks import check_options, hopper_obstacle, require
 from minivllm_kernels.configs import num_multiprocessors
-from minivllm_kernels.mla_decode import _check, _merge_stream_kernel, _merging
+from minivllm_kernels.mla_decode import check_latent, merge_stream_kernel, merging
 from minivllm_kernels.mla_fetch import BOX, TILE, equal_share, produce, segment
+from minivllm_kernels.split_kv import LOG2_E
 from minivllm_kernels.workspace import SplitWorkspace
-
-LOG2_E = math.log2(math.e)
 
 
 @gluon.jit
@@ -210,7 +207,7 @@ def mla_decode_hopper(
     Arguments as for `mla_decode`, but bf16 or fp16, latent and rope multiples of 64, blocks of at least 8 tokens, and
     always by equal shares. ValueError for what does not fit. Allocates nothing; fit for a CUDA graph.
     """
-    _check(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
+    check_latent(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
     batch_size, num_heads, latent = q_latent.shape
     block_size, width = latent_cache.shape[1:]
     obstacle = mla_obstacle(q_latent, q_rope, latent_cache)
@@ -236,8 +233,8 @@ def mla_decode_hopper(
         BOXES=width // BOX.value, PACK=config.pack, PLACES=config.places, BLOCK=block_size, **line, num_warps=4,
         maxnreg=config.registers,
     )  # fmt: skip
-    grid, merge = _merging(out, *((8, 2) if batch_size * num_heads > 512 else (1, 32)))
-    _merge_stream_kernel[grid](
+    grid, merge = merging(out, *((8, 2) if batch_size * num_heads > 512 else (1, 32)))
+    merge_stream_kernel[grid](
         num_tokens, out, *parts, batch_size, shares, out.stride(0), out.stride(1), TILE=TILE.value, **line, **merge
     )
 

@@ -22,6 +22,7 @@ from minivllm_kernels.attention_configs import DecodeConfig
 from minivllm_kernels.checks import require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.split_kv import (
+    Chunking,
     attend_tiles,
     decode_arguments,
     merge_chunks,
@@ -124,8 +125,9 @@ def paged_decode(
     if split_tokens is not None:
         require(split_tokens > 0, f"split_tokens is {split_tokens}: pass a multiple of the tile, or None")
         num_chunks = triton.cdiv(block_table.shape[1] * k_cache.shape[1], split_tokens)
-        store_chunks(inputs, None, workspace, arguments, split_tokens, 0, num_chunks)
-        merge_chunks(inputs, None, out, workspace, arguments, split_tokens, 0, num_chunks)
+        chunking = Chunking(split_tokens, num_chunks)
+        store_chunks(inputs, None, workspace, arguments, chunking)
+        merge_chunks(inputs, None, out, workspace, arguments, chunking)
         return
     programs = arguments.config.programs_per_sm * num_multiprocessors(q.device)
     workspace.require_room(2 * programs * arguments.shape["GROUP"], q.shape[2], programs)

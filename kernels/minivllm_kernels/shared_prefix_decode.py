@@ -23,6 +23,7 @@ from minivllm_kernels.checks import check_index, require
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.paged_decode_hopper import decode_obstacle, launch_stream
 from minivllm_kernels.split_kv import (
+    Chunking,
     DecodeArguments,
     attend_tiles,
     decode_arguments,
@@ -114,7 +115,7 @@ def shared_prefix_decode(
     require(max_own_tokens > 0, f"max_own_tokens is {max_own_tokens}: pass the most keys a request has of its own")
     cuts = _cut(inputs, len(group_starts) - 1, max_own_tokens, config)
     num_cut_rows = 2 * cuts.num_programs * arguments.shape["GROUP"]
-    workspace.require_room(num_cut_rows + q.shape[0] * q.shape[1] * cuts.num_slots, q.shape[2])
+    workspace.require_room(num_cut_rows + q.shape[0] * q.shape[1] * cuts.chunking.num_slots, q.shape[2])
     parts = workspace.behind(num_cut_rows)
     if side_stream is not None:
         side_stream.wait_stream(torch.cuda.current_stream(q.device))
@@ -123,8 +124,7 @@ def shared_prefix_decode(
     _store_own(inputs, prefix_tokens, workspace, parts, arguments, cuts)
     if side_stream is not None:
         torch.cuda.current_stream(q.device).wait_stream(side_stream)
-    slots = (cuts.split_tokens, cuts.num_splits, cuts.num_slots, cuts.prefix_tile)
-    merge_chunks(inputs, prefix_tokens, out, parts, arguments, *slots)
+    merge_chunks(inputs, prefix_tokens, out, parts, arguments, cuts.chunking)
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,7 @@ class _Cuts:
     """Where a launch cuts its keys."""
 
     row_tiles: int  # tiles of queries against the prefixes
-    num_splits: int  # parts of a prefix
-    num_slots: int  # parts of a request, those of its prefix included
-    split_tokens: int  # own keys of a part
-    prefix_tile: int  # a shared prefix is rounded down to a multiple of it, the rest counts as own
+    chunking: Chunking  # of own keys; its first slots are the parts of a prefix
     stream: HopperDecodeConfig | None  # own keys by equal shares: one part a request
     num_programs: int  # that take those shares
 
@@ -149,18 +146,11 @@ def _cut(inputs: tuple[torch.Tensor, ...], num_groups: int, max_own_tokens: int,
     stream = config.stream
     if stream is None or decode_obstacle(q, k_cache, v_cache) is not None:
         num_slots = num_splits + triton.cdiv(max_own_tokens, config.own_split_tokens)
-        return _Cuts(row_tiles, num_splits, num_slots, config.own_split_tokens, 1, None, 0)
+        return _Cuts(row_tiles, Chunking(config.own_split_tokens, num_slots, num_splits, prefix_tile=1), None, 0)
     tile = stream.tile_tokens(q.shape[2])
     split_tokens = max_own_tokens + tile  # more than any request has behind its rounded prefix
-    return _Cuts(
-        row_tiles,
-        num_splits,
-        num_splits + 1,
-        split_tokens,
-        tile,
-        stream,
-        stream.shares_per_sm * num_sms,
-    )
+    chunking = Chunking(split_tokens, num_splits + 1, num_splits, prefix_tile=tile)
+    return _Cuts(row_tiles, chunking, stream, stream.shares_per_sm * num_sms)
 
 
 def _store_prefix(
@@ -177,10 +167,10 @@ def _store_prefix(
     num_groups = len(group_starts) - 1
     reading = arguments.reading | config.reading(arguments.shape["COLS"] * q.element_size())
     del reading["HAS_WINDOW"]
-    prefix_kernel[(k_cache.shape[2], cuts.num_splits, cuts.row_tiles)](
+    prefix_kernel[(k_cache.shape[2], cuts.chunking.first_slot, cuts.row_tiles)](
         q, k_cache, v_cache, block_table, prefix_tokens, group_starts, parts.parts, parts.lse, num_groups,
-        cuts.num_slots, *arguments.numbers[:2], *arguments.strides,
-        GROUPS=triton.next_power_of_2(num_groups), PREFIX_TILE=cuts.prefix_tile, **arguments.shape, **reading,
+        cuts.chunking.num_slots, *arguments.numbers[:2], *arguments.strides,
+        GROUPS=triton.next_power_of_2(num_groups), PREFIX_TILE=cuts.chunking.prefix_tile, **arguments.shape, **reading,
     )  # fmt: skip
 
 
@@ -194,11 +184,10 @@ def _store_own(
 ) -> None:
     """The parts of each request's own keys, behind those of its prefix."""
     if cuts.stream is None:
-        slots = (cuts.split_tokens, cuts.num_splits, cuts.num_slots, cuts.prefix_tile)
-        store_chunks(inputs, prefix_tokens, parts, arguments, *slots)
+        store_chunks(inputs, prefix_tokens, parts, arguments, cuts.chunking)
         return
     group, head_size, num_kv_heads = arguments.shape["GROUP"], inputs[0].shape[2], inputs[1].shape[2]
-    first_row, pair_stride = cuts.num_splits * group, cuts.num_slots * group * head_size
+    first_row, pair_stride = cuts.chunking.first_slot * group, cuts.chunking.num_slots * group * head_size
     launch_stream(
         inputs, parts.parts[first_row:], (num_kv_heads * pair_stride, pair_stride, head_size), workspace, arguments,
         cuts.stream, prefix_tokens, parts.lse[first_row:],

@@ -224,24 +224,32 @@ def decode_arguments(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """Which parts a request has, and where they lie: `first_slot` of its prefix, then one for each chunk."""
+
+    split_tokens: int  # a chunk
+    num_slots: int  # of a (request, KV head) pair
+    first_slot: int = 0
+    prefix_tile: int = 0  # a prefix is rounded down to a multiple of it; 0: no request has one
+
+
 def store_chunks(
     inputs: tuple[torch.Tensor, ...],  # q, k_cache, v_cache, block_table, num_tokens
     prefix_tokens: torch.Tensor | None,  # [B] int32: keys of each request that the first_slot parts before hold
     workspace: SplitWorkspace,
     arguments: DecodeArguments,
-    split_tokens: int,
-    first_slot: int,
-    num_slots: int,
-    prefix_tile: int = 0,
+    chunking: Chunking,
 ) -> None:
     """Cut every request at multiples of `split_tokens` and store a part for each chunk."""
     tile, num_requests, num_heads, head_size = arguments.reading["TILE"], *inputs[0].shape
+    split_tokens, num_slots, first_slot = chunking.split_tokens, chunking.num_slots, chunking.first_slot
     require(split_tokens > 0 and split_tokens % tile == 0, f"split_tokens {split_tokens} is no multiple of {tile}")
     workspace.require_room(num_requests * num_heads * num_slots, head_size)
     chunk_kernel[(inputs[1].shape[2], num_slots - first_slot, num_requests)](
         *inputs, prefix_tokens, workspace.parts, workspace.lse, split_tokens, first_slot,
         *arguments.numbers, *arguments.strides,
-        PREFIX_TILE=prefix_tile, **arguments.shape, **arguments.reading,
+        PREFIX_TILE=chunking.prefix_tile, **arguments.shape, **arguments.reading,
     )  # fmt: skip
 
 
@@ -251,15 +259,12 @@ def merge_chunks(
     out: torch.Tensor,
     workspace: SplitWorkspace,
     arguments: DecodeArguments,
-    split_tokens: int,
-    first_slot: int,
-    num_slots: int,
-    prefix_tile: int = 0,
+    chunking: Chunking,
 ) -> None:
     """Merge each request's parts in order: the result does not depend on who stored them when."""
     merge_kernel[(inputs[1].shape[2], len(out))](
-        inputs[4], prefix_tokens, out, workspace.parts, workspace.lse, split_tokens, num_slots, first_slot,
-        arguments.numbers[2], out.stride(0), out.stride(1), PREFIX_TILE=prefix_tile,
+        inputs[4], prefix_tokens, out, workspace.parts, workspace.lse, chunking.split_tokens, chunking.num_slots,
+        chunking.first_slot, arguments.numbers[2], out.stride(0), out.stride(1), PREFIX_TILE=chunking.prefix_tile,
         HAS_WINDOW=arguments.reading["HAS_WINDOW"], **arguments.shape,
         MERGE_ROWS=arguments.merging["MERGE_ROWS"], PARTS=min(8, arguments.merging["PARTS"]), num_warps=2,
     )  # fmt: skip

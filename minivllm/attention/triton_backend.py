@@ -33,7 +33,7 @@ class TritonAttention:
         self.layers = layers
         self.workspace = workspace
         self.slots = batch.slots.int()
-        self.block_table = batch.block_table.int().contiguous()
+        self.block_table = batch.block_table.int()
         self.num_tokens = batch.num_tokens.int()
         self.query_starts = batch.query_starts.int()
         self.max_query_len = int(batch.query_starts.diff().max())
