@@ -1,7 +1,7 @@
 """What a model is (ModelConfig) and how an engine is run (EngineConfig); both frozen, both checked when built."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from minivllm.errors import ConfigError, ModelError
 
@@ -188,54 +188,3 @@ def require_integers(**options: object) -> None:
     for name, value in options.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ConfigError(f"{name} must be an integer, not {value!r}")
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Every decision of the scheduler and the KV manager that a user may set."""
-
-    num_blocks: int  # physical blocks, the null block 0 included
-    block_size: int = 16
-    max_model_len: int = 2048
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    scheduling_policy: str = "fcfs"
-    watermark: float = 0.01  # share of the pool that admission leaves free for those already running
-    eos_token_ids: tuple[int, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        require_integers(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens)
-        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
-            if not isinstance(getattr(self, name), bool):  # the string "no" would count as yes
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if not isinstance(self.watermark, int | float):
-            raise ConfigError(f"watermark must be a number, not {self.watermark!r}")
-        if not 1 <= self.block_size <= 256:
-            raise ConfigError(f"block_size must be from 1 to 256, not {self.block_size}")
-        if self.max_model_len < 2:
-            raise ConfigError(f"max_model_len must be at least 2 tokens, not {self.max_model_len}")
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        if self.max_num_batched_tokens < 1:
-            raise ConfigError(f"max_num_batched_tokens must be at least 1, not {self.max_num_batched_tokens}")
-        if self.scheduling_policy not in ("fcfs", "priority"):
-            raise ConfigError(f"scheduling_policy must be 'fcfs' or 'priority', not {self.scheduling_policy!r}")
-        if not 0 <= self.watermark < 1:
-            raise ConfigError(f"watermark must be at least 0 and below 1, not {self.watermark}")
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
-            raise ConfigError(
-                f"without chunked prefill a whole prompt must fit in one step: raise max_num_batched_tokens "
-                f"({self.max_num_batched_tokens}) to max_model_len ({self.max_model_len}) or lower max_model_len"
-            )
-        if self.capacity_tokens < self.max_model_len:
-            raise ConfigError(
-                f"the KV pool holds {self.capacity_tokens} tokens, less than one request of max_model_len "
-                f"{self.max_model_len}: raise kv_cache_memory or lower max_model_len to {self.capacity_tokens}"
-            )
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that fit in the pool; block 0 is the null block and holds none."""
-        return (self.num_blocks - 1) * self.block_size

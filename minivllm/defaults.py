@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from minivllm.config import DTYPE_BYTES, DTYPES, ModelConfig
+from minivllm.engine_config import WHOLE_PROMPTS, EngineConfig, Policies
 from minivllm.errors import ConfigError
 from minivllm.outputs import Tokenizer
 from minivllm.runner.device import GIB, available_memory, choose_dtype, default_kv_cache_memory
@@ -15,11 +16,39 @@ from minivllm.weights import ModelSource
 DEFAULT_BUDGET = 2048  # tokens a step may compute
 
 
-def refuse_unknown(unknown: Mapping[str, object], function: Callable[..., None]) -> None:
+def refuse_unknown(options: Mapping[str, object], function: Callable[..., None]) -> None:
     """Turn an option that vLLM has and we do not into one line that says which there are."""
+    unknown = [name for name in options if name not in Policies.__annotations__]
     if unknown:
         known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        raise ConfigError(f"LLM has no option {next(iter(unknown))!r}: leave it out; there are {', '.join(known)}")
+        known += Policies.__annotations__
+        raise ConfigError(f"LLM has no option {unknown[0]!r}: leave it out; there are {', '.join(known)}")
+
+
+def engine_config(
+    model: ModelConfig, policies: Policies, *, num_blocks: int, block_size: int, max_model_len: int, swap_space: float
+) -> EngineConfig:
+    """All decisions in one place: the policies as asked for, and what follows from the model and the pool."""
+    chosen: dict[str, object] = {**policies}
+    chosen.setdefault("enable_prefix_caching", policies.get("allocator", "paged") == "paged")
+    if swap_space:
+        chosen["num_host_blocks"] = host_blocks(swap_space, model, block_size)
+    is_chunked = policies.get("enable_chunked_prefill", True) and policies.get("batching") not in WHOLE_PROMPTS
+    chosen["max_num_batched_tokens"] = step_budget(policies.get("max_num_batched_tokens"), max_model_len, is_chunked)
+    windows = [window for window in model.windows if window is not None]
+    chosen["window"] = max(windows) if model.windows and len(windows) == len(model.windows) else None
+    chosen |= {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
+    return EngineConfig(**chosen, eos_token_ids=model.eos_token_ids)  # type: ignore[arg-type]
+
+
+def host_blocks(swap_space: object, model: ModelConfig, block_size: int) -> int:
+    """Host blocks that `swap_space` GiB hold."""
+    if isinstance(swap_space, bool) or not isinstance(swap_space, int | float) or not 0 <= swap_space < 2**20:
+        raise ConfigError(f"swap_space must be a number of GiB of at least 0, not {swap_space!r}")
+    num_bytes = int(swap_space * GIB)
+    if num_bytes > available_memory():
+        raise ConfigError(f"swap_space of {swap_space} GiB is more than the {available_memory() / GIB:.1f} GiB free")
+    return num_bytes // block_bytes(model, block_size)
 
 
 def read_model_config(source: ModelSource, dtype: str, device: str) -> ModelConfig:

@@ -1,15 +1,10 @@
-"""What happened, as frozen facts in the past tense; and Trace, which records, saves, loads and replays them.
+"""What happened, as frozen facts in the past tense; trace.py records, saves and loads them.
 
 Events hold ids and counts, never live objects: whoever draws them cannot disturb what runs.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, field, fields
-from pathlib import Path
-from typing import ClassVar
-
-from minivllm.errors import MiniVLLMError
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +26,7 @@ class Added(Event):
 
 @dataclass(frozen=True, slots=True)
 class Waited(Event):
-    """The head of the queue was not admitted; `reason` is no_seat, no_budget, no_blocks or just_preempted."""
+    """The head of the queue was not admitted: reason is no_seat, no_budget, no_blocks, just_preempted or batch_runs."""
 
     request_id: str
     reason: str
@@ -39,7 +34,7 @@ class Waited(Event):
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit(Event):
-    """The first blocks of an admitted request were found in the prefix cache, in table order."""
+    """The first tokens of an admitted request were found in the prefix cache; the last block may be used in part."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -48,11 +43,16 @@ class PrefixHit(Event):
 
 @dataclass(frozen=True, slots=True)
 class Admitted(Event):
-    """A waiting request began (or, after a preemption, began again) with `num_computed` tokens already stored."""
+    """A waiting request began (or, after a preemption, began again) with `num_computed` tokens already stored.
+
+    Reason: fits (seat, budget and blocks above the watermark), alone (nobody else runs: the watermark is waived),
+    new_batch (static batching: the last batch is over), swapped_in (its blocks came back from the host).
+    """
 
     request_id: str
     num_computed: int
     num_preemptions: int
+    reason: str = "fits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class BlockCached(Event):
 
 @dataclass(frozen=True, slots=True)
 class BlocksReleased(Event):
-    """A request let go of its whole table, in table order; a block nobody else holds becomes free."""
+    """A request let go of all it held, in table order; a block nobody else holds becomes free."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -89,10 +89,95 @@ class BlocksReleased(Event):
 
 @dataclass(frozen=True, slots=True)
 class Preempted(Event):
-    """A running request lost its blocks to make room; `num_computed` tokens must be computed again."""
+    """A running request lost its blocks to make room.
+
+    Reason: no_blocks (one before it in the order had to grow), itself (it had to grow and is the last in the order),
+    held (it waits for its owner's choice while others cannot run). How: recompute (`num_computed` tokens must be
+    computed again) or swap (they wait in host memory).
+    """
 
     request_id: str
     num_computed: int
+    reason: str = "no_blocks"
+    how: str = "recompute"
+
+
+@dataclass(frozen=True, slots=True)
+class Forked(Event):
+    """A request was split off another: it began with the same tokens and, where it got a seat, the same blocks."""
+
+    request_id: str
+    parent_id: str
+    block_ids: tuple[int, ...]
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopied(Event):
+    """Copy-on-write: a request was about to write to a shared or cached block and got a copy in its place."""
+
+    request_id: str
+    source_id: int
+    block_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockExchanged(Event):
+    """A request's block turned out to be a duplicate; its table now names the cached one."""
+
+    request_id: str
+    block_id: int
+    cached_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksReserved(Event):
+    """A contiguous allocator set blocks aside for a request; its table takes them one by one."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksDropped(Event):
+    """Blocks fell out of the sliding window of every layer; the table keeps the null block in their places."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedOut(Event):
+    """The contents of a request's blocks went to host blocks; the blocks themselves are released after."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    host_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedIn(Event):
+    """A request's contents came back from the host into fresh blocks, which became its table."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    host_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned(Event):
+    """A cached prefix was pinned under a name: its blocks cannot be evicted."""
+
+    name: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpinned(Event):
+    """A pinned prefix was let go."""
+
+    name: str
+    block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +216,8 @@ KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
         Added, Waited, PrefixHit, Admitted, Evicted, BlocksTaken, BlockCached, BlocksReleased, Preempted, Finished,
-        Refused, StepRan,
+        Refused, StepRan, Forked, BlockCopied, BlockExchanged, BlocksReserved, BlocksDropped, SwappedOut, SwappedIn,
+        Pinned, Unpinned,
     )
 }  # fmt: skip
 
@@ -155,89 +241,3 @@ class EventBus:
     def emit(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
-
-
-@dataclass
-class Trace:
-    """A recorded run: a header of plain facts (pool size, machine, commit, seed) and the events in order."""
-
-    header: dict[str, object] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-
-    VERSION: ClassVar[int] = 1
-
-    def __call__(self, event: Event) -> None:
-        """Be a listener: `engine.events.listen(trace)`."""
-        self.events.append(event)
-
-    def __iter__(self) -> Iterator[Event]:
-        return iter(self.events)
-
-    def __len__(self) -> int:
-        return len(self.events)
-
-    @property
-    def last_step(self) -> int:
-        return self.events[-1].step if self.events else 0
-
-    def until(self, step: int) -> list[Event]:
-        """Events up to and including `step`."""
-        return [event for event in self.events if event.step <= step]
-
-    def of(self, kind: type[Event]) -> list[Event]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-    def state_hashes(self) -> list[str]:
-        return [event.state_hash for event in self.events if isinstance(event, StepRan)]
-
-    def save(self, path: str | Path) -> Path:
-        """Write compact JSON: the names of the fields once, then one short list for each event."""
-        names = list(KINDS)
-        document = {
-            "minivllm_trace": self.VERSION,
-            "header": self.header,
-            "kinds": {name: [f.name for f in fields(kind)] for name, kind in KINDS.items()},
-            "events": [[names.index(type(event).__name__), *astuple(event)] for event in self.events],
-        }
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
-        except OSError as error:
-            raise MiniVLLMError(f"{path}: cannot save the trace ({error}); choose another place") from error
-        return path
-
-    @staticmethod
-    def load(path: str | Path) -> "Trace":
-        """Read what `save` wrote. Raises MiniVLLMError when the file is not a trace of this version."""
-        try:
-            document = json.loads(Path(path).read_text())
-            if document["minivllm_trace"] != Trace.VERSION:
-                raise MiniVLLMError(
-                    f"{path}: trace version {document['minivllm_trace']}, not {Trace.VERSION}; record it again"
-                )
-            kinds = dict(enumerate(_kind(name, names, path) for name, names in document["kinds"].items()))
-            return Trace({**document["header"]}, [_event(kinds[row[0]], row[1:]) for row in document["events"]])
-        except (OSError, UnicodeDecodeError) as error:
-            raise MiniVLLMError(f"{path}: cannot read the trace ({error})") from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise MiniVLLMError(f"{path}: not a minivllm trace ({error}); record it again") from error
-
-
-def _kind(name: str, field_names: Iterable[str], path: str | Path) -> type[Event]:
-    kind = KINDS.get(name)
-    if kind is None or [f.name for f in fields(kind)] != list(field_names):
-        raise MiniVLLMError(f"{path}: recorded with other fields of {name}; record it again")
-    return kind
-
-
-def _event(kind: type[Event], values: list[object]) -> Event:
-    event = kind(*map(_frozen, values))  # type: ignore[arg-type]  # as many as the fields: else a TypeError
-    if not isinstance(event.step, int):
-        raise TypeError(f"{kind.__name__} in step {event.step!r}")
-    return event
-
-
-def _frozen(value: object) -> object:
-    """JSON's lists become the tuples they were."""
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -3,23 +3,25 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from minivllm.config import EngineConfig, require_integers
+from minivllm.config import require_integers
 from minivllm.defaults import (
+    engine_config,
     load_tokenizer,
     longest_request,
     pool_size,
     read_model_config,
     refuse_unknown,
-    step_budget,
 )
 from minivllm.engine.engine import Engine
+from minivllm.engine_config import CHOICES, EngineConfig, Policies
 from minivllm.errors import ModelError, RequestError
-from minivllm.events import EventBus, Trace
+from minivllm.events import EventBus
 from minivllm.interrupts import held_interrupts
 from minivllm.outputs import RequestOutput, Tokenizer
 from minivllm.provenance import provenance
@@ -29,6 +31,7 @@ from minivllm.runner.kv_storage import KVStorage, block_bytes
 from minivllm.runner.loader import build_model
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.text_engine import Checked, Generation, Prompt, TextEngine, require_unicode
+from minivllm.trace import Trace
 from minivllm.weights import find_model
 
 Message = Mapping[str, str]
@@ -39,8 +42,9 @@ class LLM:
     """A model, its engine and its tokenizer.
 
     `model` is an alias (smollm2-135m), a folder, a Hugging Face id, or with load_format="dummy" a built-in config.
-    `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright. Raises ModelError and
-    ConfigError, one line each.
+    `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright, `swap_space` GiB of host memory
+    for preemption by swap. The policies are fields of EngineConfig: enable_prefix_caching, batching, allocator ...
+    Raises ModelError and ConfigError, one line each.
     """
 
     def __init__(
@@ -52,42 +56,30 @@ class LLM:
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int | None = None,
-        enable_prefix_caching: bool = True,
-        enable_chunked_prefill: bool = True,
-        scheduling_policy: str = "fcfs",
-        watermark: float = 0.01,
+        swap_space: float = 0,
         seed: int = 0,
         load_format: str = "auto",
         device: str = "auto",
         show_progress: bool = True,
-        **unknown: object,
+        **policies: Unpack[Policies],
     ) -> None:
-        refuse_unknown(unknown, LLM.__init__)
+        refuse_unknown(policies, LLM.__init__)
         sizes = {"max_model_len": max_model_len, "num_blocks": num_blocks, "kv_cache_memory": kv_cache_memory}
-        require_integers(**sizes, block_size=block_size, max_num_batched_tokens=max_num_batched_tokens, seed=seed)
+        budget = policies.get("max_num_batched_tokens")
+        require_integers(**sizes, block_size=block_size, max_num_batched_tokens=budget, seed=seed)
         source = find_model(model, load_format, show_progress)
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
         self.model_config = read_model_config(source, str(dtype).removeprefix("torch."), self.device)
         num_blocks = pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
         max_model_len = longest_request(self.model_config, max_model_len, (num_blocks - 1) * block_size)
-        config = EngineConfig(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=step_budget(max_num_batched_tokens, max_model_len, enable_chunked_prefill),
-            enable_prefix_caching=enable_prefix_caching,
-            enable_chunked_prefill=enable_chunked_prefill,
-            scheduling_policy=scheduling_policy,
-            watermark=watermark,
-            eos_token_ids=self.model_config.eos_token_ids,
-        )
+        config = engine_config(
+            self.model_config, policies, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len,
+            swap_space=swap_space,
+        )  # fmt: skip
         self.tokenizer = load_tokenizer(source)
         built = build_model(self.model_config, source.weight_files if load_format == "auto" else [], seed, self.device)
-        self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device)
+        self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device, config.num_host_blocks)
         self.runner = ModelRunner(built, self.model_config, self.storage, self.device)
         self.engine = Engine(config, self.runner)
         self.text_engine = TextEngine(self.engine, self.tokenizer, self.model, self.model_config.vocab_size, seed)
@@ -176,7 +168,8 @@ class LLM:
             "head_size": model.head_size,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
-            "scheduling_policy": config.scheduling_policy,
+            "max_model_len": config.max_model_len,
+            **{name: getattr(config, name) for name in CHOICES},
             "live": "recorded",
             **provenance(self.seed),
         }

@@ -130,6 +130,7 @@ class Request:
     priority: int = 0  # lower runs first
     salt: str = ""  # namespace of the prefix cache
     arrival: int = 0  # order of arrival; breaks ties
+    arrival_step: int = 0  # how many steps had run
     arrival_s: float = 0.0  # monotonic clock
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -142,6 +143,12 @@ class Request:
     stop_reason: int | str | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[int] = field(default_factory=list)  # chained, one for each full block of token_ids
+    reserved_ids: list[int] = field(default_factory=list)  # set aside by a contiguous allocator, not yet in the table
+    host_ids: list[int] = field(default_factory=list)  # where a swapped-out table waits, entry for entry
+    num_dropped: int = 0  # leading blocks that fell out of the window: null blocks in the table
+    pending_forks: list["Request"] = field(default_factory=list)  # samples that begin when the prompt is computed
+    is_steered: bool = False  # its owner chooses its tokens: beam search
+    is_held: bool = False  # steered, its logits are delivered, and it waits for the choice
     num_published: int = 0  # leading blocks that were offered to the prefix cache
     cache_parent: int | str | None = None  # the cache entry that the next published block continues; None: cannot
 

@@ -133,15 +133,8 @@ class TextEngine:
             seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number * 1_009
             samples = [self._sample(request_id, index, prompt, params, seed, priority) for index in range(params.n)]
             generation = Generation(request_id, prompt, samples, self.tokenizer, on_update)
-            added: list[Request] = []
-            try:
-                for sample in samples:
-                    self.engine.add(sample.request)
-                    added.append(sample.request)
-            except RequestError:
-                for request in added:
-                    self.engine.abort(request.id)
-                raise
+            samples[0].request.pending_forks = [sample.request for sample in samples[1:]]  # the prompt is computed once
+            self.engine.add(samples[0].request)
             self._generations.update({sample.request.id: generation for sample in samples})
             return generation
 

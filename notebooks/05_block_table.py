@@ -24,7 +24,7 @@ import numpy as np
 
 from minivllm import LLM, SamplingParams
 from minivllm.engine.kv_manager import blocks_needed, slot_of
-from minivllm.events import Trace
+from minivllm.trace import Trace
 from minivllm.views.bars import Bars
 from minivllm.views.block_map import BlockMap
 from minivllm.views.block_table import BlockTable, SlotBytes

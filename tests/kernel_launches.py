@@ -36,12 +36,16 @@ def decode_hopper(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace)
     paged_decode_hopper(*inputs, workspace)
 
 
-def shared(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace, config: PrefixConfig | None = None) -> None:
+def share_nothing(workspace: SplitWorkspace, num_requests: int, config: PrefixConfig | None = None) -> Launch:
     """Groups of one request, and no prefix."""
-    alone = torch.arange(len(case.num_tokens) + 1, dtype=torch.int32, device=DEVICE)
-    nothing = torch.zeros_like(case.num_tokens)
-    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, nothing, alone, out)
-    shared_prefix_decode(*inputs, workspace, max_own_tokens=512, config=config)
+    alone = torch.arange(num_requests + 1, dtype=torch.int32, device=DEVICE)
+    nothing = torch.zeros_like(alone[1:])
+
+    def run(case: PagedCase, out: torch.Tensor) -> None:
+        inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, nothing, alone, out)
+        shared_prefix_decode(*inputs, workspace, max_own_tokens=512, config=config)
+
+    return run
 
 
 def attend(kernel: Callable[..., None], case: PagedCase, out: torch.Tensor) -> None:
@@ -58,6 +62,7 @@ LAUNCHES = (
 def launch(name: str, case: PagedCase) -> Callable[[], torch.Tensor]:
     """A call without arguments that fills and returns the same output each time."""
     num_heads, head_size = case.q.shape[1:]
+    num_requests = len(case.num_tokens)
     out = torch.full_like(case.q, math.nan)
     num_rows = 100_000 + len(case.q) * num_heads * 64
     workspace = SplitWorkspace.allocate(DEVICE, num_rows, num_heads // case.k_cache.shape[2], head_size)
@@ -65,10 +70,8 @@ def launch(name: str, case: PagedCase) -> Callable[[], torch.Tensor]:
         "paged_decode": partial(decode, workspace=workspace),
         "paged_decode_hopper": partial(decode_hopper, workspace=workspace),
         "paged_decode, fixed split": partial(decode, workspace=workspace, split_tokens=256),
-        "shared_prefix_decode": partial(
-            shared, workspace=workspace, config=replace(prefix_config(DEVICE), stream=None)
-        ),
-        "shared_prefix_decode_hopper": partial(shared, workspace=workspace),
+        "shared_prefix_decode": share_nothing(workspace, num_requests, replace(prefix_config(DEVICE), stream=None)),
+        "shared_prefix_decode_hopper": share_nothing(workspace, num_requests),
         "paged_attention": partial(attend, paged_attention),
         "paged_attention_hopper": partial(attend, paged_attention_hopper),
     }

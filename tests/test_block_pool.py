@@ -4,7 +4,7 @@ import pytest
 
 from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool, CacheEntry
 from minivllm.engine.kv_manager import blocks_needed, slot_of
-from tests.fake_runner import fake_engine, fake_request
+from minivllm.lab.fake_runner import fake_engine, fake_request
 
 
 def cached(pool: BlockPool, serial: int) -> Block:

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from minivllm import SamplingParams
-from minivllm.config import EngineConfig
 from minivllm.engine import kv_manager, prefix_cache
 from minivllm.engine.block_pool import Block, BlockPool
 from minivllm.engine.engine import Engine
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.plan import StepPlan
-from minivllm.engine.prefix_cache import HashChainCache, chain_hash
+from minivllm.engine.prefix_cache import HashChainCache, Hit, chain_hash
 from minivllm.engine.scheduler import Scheduler
+from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
 from minivllm.events import Admitted, BlockCached, BlocksReleased, Event, PrefixHit, Waited
+from minivllm.lab.fake_runner import FakeRunner
+from minivllm.lab.free_list_twin import FreeListTwin
+from minivllm.lab.invariants import check_drained, check_invariants, check_plan, most_steps_to_drain
 from minivllm.request import Request, Status
-from tests.fake_runner import FakeRunner
-from tests.invariants import FreeListTwin, check_drained, check_invariants, check_plan, most_steps_to_drain
 
 VOCAB_SIZE = 12
 STEPS_PER_SEED = 8_000
@@ -205,7 +206,7 @@ def alone(request: Request, prompt: list[int], eos_token_ids: tuple[int, ...]) -
     """What a request gives on an engine that has room for everything and shares nothing."""
     config = EngineConfig(num_blocks=9, block_size=16, max_model_len=128, enable_prefix_caching=False)
     engine = Engine(replace(config, eos_token_ids=eos_token_ids), FakeRunner(config.block_size, VOCAB_SIZE))
-    twin = Request(request.id, list(prompt), len(prompt), request.params, request.max_tokens)
+    twin = Request(request.id, list(prompt), len(prompt), request.params, request.max_tokens, seed=request.seed)
     engine.add(twin)
     while engine.has_work:
         engine.step()
@@ -309,13 +310,13 @@ def test_weak_hash_never_changes_an_answer(monkeypatch: pytest.MonkeyPatch) -> N
 # Faults that other engines had, or that we could have: each must be caught, by an invariant or by a wrong answer.
 
 
-def match_whole_prompt(kv: KVManager, request: Request) -> list[Block]:
+def match_whole_prompt(kv: KVManager, request: Request) -> Hit:
     kv._extend_hashes(request)
-    return kv.cache.match(request.block_hashes, request.token_ids, request.salt)
+    return kv.cache.match(request, request.num_tokens)
 
 
-def match_one_block(cache: HashChainCache, hashes: list[int], token_ids: list[int], salt: str) -> list[Block]:
-    return match(cache, hashes[:1], token_ids, salt)
+def match_one_block(cache: HashChainCache, request: Request, most_tokens: int) -> Hit:
+    return match(cache, request, min(most_tokens, cache.block_size))
 
 
 def keep_the_map(cache: HashChainCache, block: Block) -> None:
@@ -342,14 +343,14 @@ def forget_to_release(self: Scheduler, request: Request, reason: str, stop_reaso
     finish(self, request, reason, stop_reason)
 
 
-def keep_num_computed(self: Scheduler, victim: Request) -> None:
+def keep_num_computed(self: Scheduler, victim: Request, reason: str) -> None:
     num_computed = victim.num_computed
-    preempt(self, victim)
+    preempt(self, victim, reason)
     victim.num_computed = num_computed
 
 
-def preempt_first(self: Scheduler, victim: Request) -> None:
-    preempt(self, self.running.first)
+def preempt_first(self: Scheduler, victim: Request, reason: str) -> None:
+    preempt(self, self.running.first, reason)
 
 
 def grow_too_late(num_tokens: int, block_size: int) -> int:
@@ -393,8 +394,8 @@ def compare_tokens_only(block: Block, parent: int | str, token_ids: list[int]) -
     return block.entry is not None and block.entry.token_ids == tuple(token_ids)
 
 
-def admit_beyond_seats(self: Scheduler, num_new: int, num_missing: int) -> str | None:
-    return "no_budget" if num_new == 0 or self.config.max_num_seqs < 0 else None
+def admit_beyond_seats(self: Scheduler, request: Request, budget: int) -> tuple[int, str]:
+    return self._admit_after(request, self.kv.match(request), budget)
 
 
 def end_one_late(self: Scheduler, request: Request, token_id: int) -> str | None:
@@ -428,7 +429,7 @@ FAULTS: dict[str, Fault] = {
         (kv_manager, "root_hash", root_without_salt),
         (prefix_cache, "_holds", compare_tokens_only),
     ],
-    "guests without a seat": [(Scheduler, "_reason_to_wait", admit_beyond_seats)],
+    "guests without a seat": [(Scheduler, "_try_to_admit", admit_beyond_seats)],
     "hits are missed": [(HashChainCache, "match", match_one_block)],
     "the end comes one token late": [(Scheduler, "_end_reason", end_one_late)],
 }

@@ -7,8 +7,9 @@ from random import Random
 import pytest
 
 from minivllm.errors import MiniVLLMError
-from minivllm.events import KINDS, Admitted, Event, EventBus, Evicted, Preempted, Refused, StepRan, Trace
-from tests.fake_runner import fake_engine, fake_request
+from minivllm.events import KINDS, Admitted, Event, EventBus, Evicted, Preempted, Refused, StepRan
+from minivllm.lab.fake_runner import fake_engine, fake_request
+from minivllm.trace import Trace
 
 
 def record(**options: object) -> Trace:

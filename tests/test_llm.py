@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minivllm import LLM, MiniVLLMError, RequestOutput, SamplingParams
 from minivllm.engine.plan import StepPlan, StepResult
 from minivllm.errors import ConfigError, ModelError, RequestError
-from minivllm.events import Admitted, Trace
+from minivllm.events import Admitted
 from minivllm.text_engine import Prompt
+from minivllm.trace import Trace
 from minivllm.weights import builtin_configs
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -574,7 +575,7 @@ def test_engine_options_of_a_wrong_type_get_one_line(option: str, value: object)
 
 def test_options_of_vllm_that_we_lack_get_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^LLM has no option 'tensor_parallel_size': leave it out; [^\n]+$"):
-        LLM("smollm2-135m", load_format="dummy", tensor_parallel_size=1)
+        LLM("smollm2-135m", load_format="dummy", tensor_parallel_size=1)  # type: ignore[call-arg]
 
 
 def test_a_switch_that_is_no_boolean_is_refused() -> None:

@@ -8,10 +8,11 @@ from minivllm.engine import kv_manager
 from minivllm.engine.block_pool import Block
 from minivllm.engine.engine import Engine
 from minivllm.engine.prefix_cache import HashChainCache, chain_hash, root_hash
-from minivllm.events import BlockCached, Evicted, PrefixHit, Trace
+from minivllm.events import BlockCached, Evicted, PrefixHit
+from minivllm.lab.fake_runner import fake_engine, fake_request
+from minivllm.lab.invariants import check_invariants
 from minivllm.request import Request
-from tests.fake_runner import fake_engine, fake_request
-from tests.invariants import check_invariants
+from minivllm.trace import Trace
 
 
 def run(engine: Engine, *requests: Request) -> None:
@@ -24,6 +25,13 @@ def run(engine: Engine, *requests: Request) -> None:
 
 def holders(engine: Engine) -> list[Block]:
     return [block for block in engine.kv.pool.blocks if block.entry is not None]
+
+
+def found(cache: HashChainCache, hashes: list[int], token_ids: list[int], salt: str = "") -> list[Block]:
+    """Blocks that the cache knows of a request with these tokens and, for this test, these hashes."""
+    request = fake_request("probe", token_ids, salt=salt)
+    request.block_hashes = hashes
+    return cache.match(request, len(token_ids)).blocks
 
 
 def test_equal_prompt_is_found() -> None:
@@ -86,8 +94,8 @@ def test_salts_separate() -> None:
 def test_salt_is_never_taken_for_a_serial() -> None:
     cache = HashChainCache(1)
     serial = cache.insert(Block(1), "", 10, [5])
-    assert cache.insert(Block(2), str(serial), 11, [6]) and cache.match([11], [6], "1")
-    assert cache.match([10, 11], [5, 6], "") == cache.match([10], [5], "")
+    assert cache.insert(Block(2), str(serial), 11, [6]) and found(cache, [11], [6], "1")
+    assert found(cache, [10, 11], [5, 6]) == found(cache, [10], [5])
 
 
 def test_freed_block_keeps_its_hash_until_reused() -> None:
@@ -175,14 +183,14 @@ def test_equal_block_behind_another_prefix_is_refused_though_its_hash_collides()
     cache.insert(Block(2), first, 99, [7])
     other = cache.insert(Block(3), "", 11, [6])
     assert other is not None
-    assert [block.id for block in cache.match([11, 99], [6, 7], "")] == [3]
+    assert [block.id for block in found(cache, [11, 99], [6, 7])] == [3]
 
 
 def test_colliding_block_is_not_cached_and_the_old_one_stays() -> None:
     cache, kept, late = HashChainCache(1), Block(1), Block(2)
     cache.insert(kept, "", 10, [5])
     assert cache.insert(late, "", 10, [6]) is None
-    assert late.entry is None and cache.match([10], [5], "") == [kept]
+    assert late.entry is None and found(cache, [10], [5]) == [kept]
 
 
 def test_serials_are_never_reused() -> None:

@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from minivllm import LLM, RequestOutput, SamplingParams
-from minivllm.events import Admitted, Evicted, Preempted, StepRan, Trace
+from minivllm.events import Admitted, Evicted, Preempted, StepRan
+from minivllm.trace import Trace
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
 SHARED = [(11 * i + 5) % 320 for i in range(20)]
@@ -128,9 +129,11 @@ def test_priorities_change_the_order_but_no_token(reference_model: Build) -> Non
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2-window", "mistral"])
 def test_everything_at_once(reference_model: Build, family: str) -> None:
     folder, _ = reference_model(family)
+    num_blocks = 23 if family == "mistral" else 28  # its windows free blocks
     llm = engine(
-        folder, scheduling_policy="priority", num_blocks=28, block_size=3, max_num_batched_tokens=9, max_num_seqs=9
-    )
+        folder, scheduling_policy="priority", num_blocks=num_blocks, block_size=3, max_num_batched_tokens=9,
+        max_num_seqs=9,
+    )  # fmt: skip
     outputs, trace = under_pressure(llm, priority=[i % 3 for i in range(32)])
     assert trace.of(Preempted) and trace.of(Evicted)
     again, _ = under_pressure(llm)

@@ -5,10 +5,11 @@ import pytest
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError, RequestError
-from minivllm.events import Finished, Preempted, PrefixHit, Refused, StepRan, Trace, Waited
+from minivllm.events import Finished, Preempted, PrefixHit, Refused, StepRan, Waited
+from minivllm.lab.fake_runner import FakeRunner, fake_engine, fake_request
+from minivllm.lab.invariants import check_drained, check_invariants
 from minivllm.request import Request, Status
-from tests.fake_runner import FakeRunner, fake_engine, fake_request
-from tests.invariants import check_drained, check_invariants
+from minivllm.trace import Trace
 
 Scheduled = list[tuple[str, int]]
 

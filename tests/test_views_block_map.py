@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from minivllm.errors import MiniVLLMError
-from minivllm.events import BlocksReleased, BlocksTaken, EventBus, Trace
+from minivllm.events import BlocksReleased, BlocksTaken, EventBus
+from minivllm.trace import Trace
 from minivllm.views.block_map import BlockMap, draw
 from minivllm.views.block_map_picture import MAX_HEIGHT_PX, WIDTH_PX, layout
 from minivllm.views.pool_state import pool_state

@@ -4,9 +4,9 @@ import pytest
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Added, BlocksReleased, BlocksTaken, Event, Finished, PrefixHit
+from minivllm.lab.fake_runner import fake_engine, fake_request
 from minivllm.views.pool_state import NUM_GONE, PoolFold, PoolState, pool_state
 from minivllm.views.theme import OWNER_COLOURS, contrast, escape, ink_on, owner_colour, owner_letter, visible
-from tests.fake_runner import fake_engine, fake_request
 from tests.view_traces import HEADER, HOSTILE, small_trace
 
 

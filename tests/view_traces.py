@@ -11,9 +11,9 @@ from minivllm.events import (
     Preempted,
     PrefixHit,
     StepRan,
-    Trace,
     Waited,
 )
+from minivllm.trace import Trace
 from minivllm.views.block_table import SlotBytes
 
 HOSTILE = "<img src=x onerror=window.hacked=1>"

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from minivllm.bench.rivals import load_rival, run_continuous, run_generate
 from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError
-from minivllm.events import StepRan, Trace
+from minivllm.events import StepRan
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
 from minivllm.request import Request, SamplingParams
 from minivllm.runner.batch import build_batch
+from minivllm.trace import Trace
 from minivllm.weights import find_model
 
 Row = dict[str, object]

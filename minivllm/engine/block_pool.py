@@ -20,6 +20,9 @@ class Block:
     previous: "Block | None" = None
     next: "Block | None" = None
     entry: "CacheEntry | None" = None
+    num_hits: int = 0  # adoptions by later requests since it was cached
+    last_used: int = 0  # when it was last adopted or released, in ticks of the KV manager
+    priority: int = 0  # the most urgent of its users so far: lower is kept longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,11 @@ class BlockPool:
         assert block is not None and block is not self._tail, "no free block: ask num_free first"
         return block
 
-    def take(self) -> Block:
-        """Hand out the first free block, which must no longer cache anything."""
-        block = self.first_free()
+    def take(self, block: Block | None = None) -> Block:
+        """Hand out a free block, by default the first; it must no longer cache anything."""
+        block = block or self.first_free()
         assert block.entry is None, f"block {block.id} still caches: evict it first"
+        assert block.ref_count == 0, f"block {block.id} is in use"
         self._unlink(block)
         block.ref_count = 1
         return block

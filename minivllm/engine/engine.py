@@ -2,13 +2,15 @@
 
 import time
 from array import array
+from collections.abc import Callable
 
 import xxhash
 
-from minivllm.config import EngineConfig
 from minivllm.engine.kv_manager import KVManager
+from minivllm.engine.pins import Pins
 from minivllm.engine.plan import Runner, StepPlan, StepResult
 from minivllm.engine.scheduler import Scheduler
+from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
 from minivllm.events import Added, EventBus, Refused, StepRan
 from minivllm.request import Request
@@ -17,12 +19,14 @@ from minivllm.request import Request
 class Engine:
     """Requests in, tokens out. One thread at a time may call it; LLM guards it with a lock."""
 
-    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.runner = runner
+        self.clock = clock  # seconds; a simulation passes its own
         self.events = EventBus()
         self.kv = KVManager(config, self.events)
-        self.scheduler = Scheduler(config, self.kv, self.events)
+        self.pins = Pins(self.kv)
+        self.scheduler = Scheduler(config, self.kv, self.events, clock)
         self.requests: dict[str, Request] = {}
         self.last_result = StepResult({})
         self._num_arrived = 0
@@ -32,19 +36,55 @@ class Engine:
         return bool(self.requests)
 
     def add(self, request: Request) -> None:
-        """Queue a request, its max_tokens cut to the room it has. Raises RequestError when it could never run."""
-        if reason := self._reason_to_refuse(request):
+        """Queue a request and the samples that are to fork off it, max_tokens cut to the room they have.
+
+        Raises RequestError when it could never run.
+        """
+        samples = [request, *request.pending_forks]
+        if reason := self._reason_to_refuse(request, [sample.id for sample in samples]):
             self.events.emit(Refused(self.scheduler.step, request.id, reason))
             raise RequestError(f"request {request.id}: {reason}")
-        request.max_tokens = min(request.max_tokens, self.config.max_model_len - request.num_prompt)
-        self._num_arrived += 1
-        request.arrival = self._num_arrived
-        request.arrival_s = request.arrival_s or time.monotonic()
-        self.requests[request.id] = request
+        for sample in samples:
+            sample.max_tokens = min(sample.max_tokens, self.config.max_model_len - sample.num_prompt)
+            self._register(sample)
+            self.events.emit(
+                Added(self.scheduler.step, sample.id, sample.num_prompt, sample.max_tokens, sample.priority)
+            )
         self.scheduler.add(request)
-        self.events.emit(
-            Added(self.scheduler.step, request.id, request.num_prompt, request.max_tokens, request.priority)
+
+    def fork(self, request_id: str, new_id: str, seed: int | None = None) -> Request:
+        """Split a request in two, in any state: the new one has the same tokens and shares every block.
+
+        Raises RequestError for an unknown request and for an id that is in use.
+        """
+        parent = self.requests.get(request_id)
+        if parent is None:
+            raise RequestError(f"fork: no request {request_id!r} is here (any more); fork before it finishes")
+        if new_id in self.requests:
+            raise RequestError(f"fork: the id {new_id!r} is in use; give each request an id of its own")
+        child = Request(
+            id=new_id,
+            token_ids=list(parent.token_ids),
+            num_prompt=parent.num_prompt,
+            params=parent.params,
+            max_tokens=parent.max_tokens,
+            seed=parent.seed if seed is None else seed,
+            priority=parent.priority,
+            salt=parent.salt,
+            is_steered=parent.is_steered,
         )
+        self._register(child)
+        self.events.emit(Added(self.scheduler.step, child.id, child.num_prompt, child.max_tokens, child.priority))
+        self.scheduler.fork(parent, child)
+        return child
+
+    def append(self, request_id: str, token_id: int) -> None:
+        """Give a steered request, whose logits were delivered, its next token; it may end the request."""
+        request = self.requests[request_id]
+        assert request.is_steered, f"request {request_id} chooses its own tokens"
+        self.scheduler.append(request, [token_id])
+        if request.is_finished:
+            del self.requests[request_id]
 
     def step(self) -> list[Request]:
         """Advance every scheduled request; return those that got a token.
@@ -54,7 +94,8 @@ class Engine:
         started_s = time.perf_counter()
         plan = self.scheduler.schedule()
         planned_s = time.perf_counter()
-        assert plan.scheduled or plan.preempted or not self.requests, "requests wait and nothing can run"
+        is_stuck = not plan.scheduled and not plan.preempted and not all(r.is_held for r in self.requests.values())
+        assert not is_stuck, "requests wait and nothing can run"
         try:
             self.last_result = self.runner.run(plan)
         except Exception:
@@ -87,16 +128,26 @@ class Engine:
         pool, digest = self.kv.pool, xxhash.xxh3_64()
         for queue in (self.scheduler.running, self.scheduler.waiting):
             for r in queue:
-                digest.update(repr((r.id, r.num_computed, r.num_preemptions, r.block_ids)).encode())
+                held = (r.block_ids, r.reserved_ids, r.host_ids, r.num_dropped)
+                forks = [fork.id for fork in r.pending_forks]
+                digest.update(repr((r.id, r.num_computed, r.num_preemptions, held, forks, r.is_held)).encode())
                 digest.update(array("q", r.token_ids).tobytes())
             digest.update(b"|")
+        digest.update(repr((self.pins.blocks_of_ids(), self.scheduler.swap.free_ids)).encode())
         digest.update(array("q", [block.ref_count for block in pool.blocks]).tobytes())
         digest.update(array("Q", [block.entry.block_hash if block.entry else 0 for block in pool.blocks]).tobytes())
         digest.update(array("q", pool.free_ids()).tobytes())
+        digest.update(array("q", [use for b in pool.blocks for use in (b.num_hits, b.last_used, b.priority)]).tobytes())
         return digest.hexdigest()
 
-    def _reason_to_refuse(self, request: Request) -> str | None:
-        if request.id in self.requests:
+    def _register(self, request: Request) -> None:
+        self._num_arrived += 1
+        request.arrival = self._num_arrived
+        request.arrival_s = request.arrival_s or self.clock()
+        self.requests[request.id] = request
+
+    def _reason_to_refuse(self, request: Request, ids: list[str]) -> str | None:
+        if len(set(ids)) < len(ids) or any(id_ in self.requests for id_ in ids):
             return "its id is in use; give each request an id of its own"
         if request.num_prompt == 0:
             return "the prompt is empty; give at least one token"

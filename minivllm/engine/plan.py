@@ -1,19 +1,42 @@
 """One step on paper (StepPlan, from the scheduler) and what came of it (StepResult, from the runner)."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from minivllm.request import Request
 
 
+class Move(Enum):
+    """Between which pools a block's contents go."""
+
+    COPY = "copy"  # device to device: copy-on-write
+    SWAP_OUT = "swap out"  # device to host
+    SWAP_IN = "swap in"  # host to device
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The contents of one block go to another, over all layers; ids of the host's blocks count apart."""
+
+    move: Move
+    source_id: int
+    target_id: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """Which requests advance by how many tokens; fresh blocks may hold what their last owner left."""
+    """Which requests advance by how many tokens.
+
+    First the transfers run, strictly in order (one may read what the next one overwrites); then the fresh blocks,
+    which may hold what their last owner left, are cleared; then the tokens are computed.
+    """
 
     step: int
     scheduled: list[tuple[Request, int]]
     fresh_block_ids: list[int]
     preempted: list[Request]
+    transfers: list[Transfer] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

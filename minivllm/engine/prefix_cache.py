@@ -6,12 +6,15 @@ one block earlier; by induction the whole prefix is then equal (no reliance on t
 """
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import xxhash
 
 from minivllm.engine.block_pool import Block, CacheEntry
+from minivllm.request import Request
 
 BlockHash = int
 Parent = int | str  # serial of the entry one block earlier; for the first block, the salt
@@ -27,35 +30,62 @@ def root_hash(salt: str) -> BlockHash:
     return xxhash.xxh3_64_intdigest(salt.encode())
 
 
-class PrefixCache(Protocol):
-    """Find, remember and forget the contents of full blocks."""
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What a cache knows of a request's beginning."""
 
-    def match(self, hashes: Sequence[BlockHash], token_ids: Sequence[int], salt: str) -> list[Block]: ...
+    blocks: list[Block]  # in table order; a radix tree may know only the start of what the last one is to hold
+    num_tokens: int
+
+    def without_part(self, block_size: int) -> "Hit":
+        """Only the blocks that are known whole."""
+        num_whole = self.num_tokens // block_size
+        return Hit(self.blocks[:num_whole], num_whole * block_size)
+
+    @property
+    def num_revived(self) -> int:
+        """Blocks that leave the free list when the hit is adopted."""
+        return sum(block.ref_count == 0 for block in self.blocks)
+
+
+class PrefixCache(Protocol):
+    """Find, remember and forget the contents of full blocks; radix_cache.py has the other one."""
+
+    deduplicates: bool  # True: a request exchanges its duplicate for the cached block; False: it keeps it, as in vLLM
+
+    def match(self, request: Request, most_tokens: int) -> Hit: ...
     def insert(self, block: Block, parent: Parent, block_hash: BlockHash, token_ids: Sequence[int]) -> int | None: ...
     def evict(self, block: Block) -> None: ...
+    def holder(self, serial: int) -> Block | None: ...
+    def is_leaf(self, block: Block) -> bool: ...
+    def parent_of(self, block: Block) -> Block | None: ...
 
 
 class HashChainCache:
     """Automatic prefix caching as vLLM does it: a flat map from chained hash to block."""
 
+    deduplicates = False
+
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.block_of: dict[BlockHash, Block] = {}
+        self._by_serial: dict[int, Block] = {}
+        self._num_children: Counter[int] = Counter()  # cached blocks that continue an entry, by its serial
         self._last_serial = 0
 
-    def match(self, hashes: Sequence[BlockHash], token_ids: Sequence[int], salt: str) -> list[Block]:
-        """The longest run of cached blocks that starts the prompt."""
+    def match(self, request: Request, most_tokens: int) -> Hit:
+        """The longest run of cached blocks that starts the request and holds at most `most_tokens`."""
         matched: list[Block] = []
-        parent: Parent = salt
-        for index, block_hash in enumerate(hashes):
+        parent: Parent = request.salt
+        for index, block_hash in enumerate(request.block_hashes[: most_tokens // self.block_size]):
             block = self.block_of.get(block_hash)
             start = index * self.block_size
-            if block is None or not _holds(block, parent, token_ids[start : start + self.block_size]):
+            if block is None or not _holds(block, parent, request.token_ids[start : start + self.block_size]):
                 break
             assert block.entry is not None
             matched.append(block)
             parent = block.entry.serial
-        return matched
+        return Hit(matched, len(matched) * self.block_size)
 
     def insert(self, block: Block, parent: Parent, block_hash: BlockHash, token_ids: Sequence[int]) -> int | None:
         """Remember a full block; return the serial that stands for its contents, None when they cannot be cached.
@@ -68,14 +98,35 @@ class HashChainCache:
             return holder.entry.serial if holder.entry and _holds(holder, parent, token_ids) else None
         self._last_serial += 1
         block.entry = CacheEntry(self._last_serial, block_hash, tuple(token_ids), parent)
-        self.block_of[block_hash] = block
+        block.num_hits = 0
+        self.block_of[block_hash] = self._by_serial[self._last_serial] = block
+        if isinstance(parent, int):
+            self._num_children[parent] += 1
         return self._last_serial
 
     def evict(self, block: Block) -> None:
         """Forget what a block holds."""
-        assert block.entry is not None and self.block_of[block.entry.block_hash] is block
-        del self.block_of[block.entry.block_hash]
+        entry = block.entry
+        assert entry is not None and self.block_of[entry.block_hash] is block
+        del self.block_of[entry.block_hash], self._by_serial[entry.serial]
+        if isinstance(entry.parent, int):
+            self._num_children[entry.parent] -= 1
+            if not self._num_children[entry.parent]:
+                del self._num_children[entry.parent]
         block.entry = None
+
+    def holder(self, serial: int) -> Block | None:
+        """The block that caches an entry; None when it was evicted."""
+        return self._by_serial.get(serial)
+
+    def is_leaf(self, block: Block) -> bool:
+        """Whether no cached block continues this one."""
+        return block.entry is not None and block.entry.serial not in self._num_children
+
+    def parent_of(self, block: Block) -> Block | None:
+        """The cached block one block earlier, if there is one."""
+        parent = block.entry.parent if block.entry else None
+        return self._by_serial.get(parent) if isinstance(parent, int) else None
 
 
 def _holds(block: Block, parent: Parent, token_ids: Sequence[int]) -> bool:
@@ -86,11 +137,22 @@ def _holds(block: Block, parent: Parent, token_ids: Sequence[int]) -> bool:
 class NoCache:
     """The prefix cache switched off: nothing is found, nothing is kept."""
 
-    def match(self, hashes: Sequence[BlockHash], token_ids: Sequence[int], salt: str) -> list[Block]:
-        return []
+    deduplicates = False
+
+    def match(self, request: Request, most_tokens: int) -> Hit:
+        return Hit([], 0)
 
     def insert(self, block: Block, parent: Parent, block_hash: BlockHash, token_ids: Sequence[int]) -> int | None:
         return None
 
     def evict(self, block: Block) -> None:
         raise AssertionError("nothing is cached")
+
+    def holder(self, serial: int) -> Block | None:
+        return None
+
+    def is_leaf(self, block: Block) -> bool:
+        return False
+
+    def parent_of(self, block: Block) -> Block | None:
+        return None

@@ -1,45 +1,69 @@
 """What runs next. One rule serves prefill, chunks and decode: `num_computed` catches up with `num_tokens`.
 
 A step has one token budget. Requests that run come first, in the policy's order, each with the tokens it lacks or
-what is left of the budget. When the pool is short, the last in order loses its blocks and waits again (preemption
-by recompute). Then waiting requests are admitted, unless something was preempted: the pool is too full for guests.
+what is left of the budget. When the pool is short, the last in order loses its blocks and waits again (preemption).
+Then waiting requests are admitted, unless something was preempted: the pool is too full for guests.
+
+    batching        a step holds                                     guests are admitted
+    chunked         decodes, then prompts cut to the budget          in every step
+    decode_first    decodes, then prompts that fit whole             in every step
+    prefill_first   whole prompts if any can be admitted,            before the others advance
+                    else decodes
+    request_level   as chunked                                       when the whole batch has ended
+    static          the same, and who ends keeps its blocks          when the whole batch has ended
+                    until the batch is over
 """
 
-import time
+from collections.abc import Callable
 
-from minivllm.config import EngineConfig
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.plan import StepPlan, StepResult
-from minivllm.engine.policies import POLICIES, RequestQueue
-from minivllm.events import Admitted, EventBus, Finished, Preempted, Waited
+from minivllm.engine.policies import RequestQueue, at_the_door, order_of
+from minivllm.engine.prefix_cache import Hit
+from minivllm.engine.swap import SwapSpace
+from minivllm.engine_config import EngineConfig
+from minivllm.events import Admitted, EventBus, Finished, Forked, Preempted, Waited
 from minivllm.request import Request, Status
+
+Scheduled = list[tuple[Request, int]]
 
 
 class Scheduler:
     """Decides each step and digests its result; the only place where requests change state."""
 
-    def __init__(self, config: EngineConfig, kv: KVManager, events: EventBus) -> None:
+    def __init__(self, config: EngineConfig, kv: KVManager, events: EventBus, clock: Callable[[], float]) -> None:
         self.config = config
         self.kv = kv
+        self.swap = SwapSpace(config.num_host_blocks, kv)
         self.events = events
-        self.running = RequestQueue(POLICIES[config.scheduling_policy])
-        self.waiting = RequestQueue(POLICIES[config.scheduling_policy])
+        self.running = RequestQueue(order_of(config))
+        self.waiting = RequestQueue(order_of(config))
+        self.lingering: list[Request] = []  # static batching: they ended and keep their blocks
         self.step = 0
+        self._clock = clock
 
     def add(self, request: Request) -> None:
+        request.arrival_step = self.step
         self.waiting.add(request)
 
     def schedule(self) -> StepPlan:
-        """Plan one step: advance those that run, then admit as many as seats, budget and pool allow."""
+        """Plan one step: advance those that run and admit guests, in the order of the batching policy."""
         self.step += 1
         self.kv.step = self.step
-        self.kv.taken_ids = []
-        scheduled, preempted, budget = self._advance_running(self.config.max_num_batched_tokens)
-        if preempted and self.waiting:
-            self.events.emit(Waited(self.step, self.waiting.first.id, "just_preempted"))
-        else:
-            scheduled += self._admit_waiting(budget)
-        return StepPlan(self.step, scheduled, self.kv.taken_ids, preempted)
+        budget, preempted = self.config.max_num_batched_tokens, list[Request]()
+        scheduled: Scheduled = []
+        if self.config.batching == "prefill_first":
+            scheduled = self._admit_waiting(budget)
+        if not scheduled:
+            scheduled = self._advance_running(budget, preempted)
+            if preempted and self.waiting:
+                self.events.emit(Waited(self.step, self.waiting.first.id, "just_preempted"))
+            elif self.config.batching != "prefill_first":
+                scheduled += self._admit_waiting(budget - sum(num_new for _, num_new in scheduled))
+        if not scheduled and not preempted:
+            self._unblock(preempted)
+        fresh_block_ids, transfers = self.kv.drain_work()
+        return StepPlan(self.step, scheduled, fresh_block_ids, preempted, transfers)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
         """Book what was computed, append the new tokens; return the requests that got one."""
@@ -49,95 +73,25 @@ class Scheduler:
                 continue  # aborted while the step ran: its blocks are gone already
             request.num_computed += num_new
             self.kv.publish(request)
+            self.kv.drop_outside_window(request)
             new_token_ids = result.new_token_ids.get(request.id)
-            if new_token_ids:
-                self._append(request, new_token_ids)
+            if not new_token_ids:
+                continue
+            if request.is_steered:
+                request.is_held = True
                 advanced.append(request)
+                continue
+            forks = self._start_forks(request)
+            for each in (request, *forks):
+                self.append(each, result.new_token_ids[each.id])
+                advanced.append(each)
         return advanced
 
-    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
-        """Take a request out, wherever it is, and give its blocks back."""
-        queue = self.running if request.status is Status.RUNNING else self.waiting
-        queue.remove(request)
-        self.kv.release(request)
-        request.status = Status.FINISHED
-        request.finish_reason, request.stop_reason = reason, stop_reason
-        request.finished_s = time.monotonic()
-        self.events.emit(Finished(self.step, request.id, reason, request.num_output))
-
-    def _advance_running(self, budget: int) -> tuple[list[tuple[Request, int]], list[Request], int]:
-        scheduled: list[tuple[Request, int]] = []
-        preempted: list[Request] = []
-        for request in list(self.running):
-            num_new = min(request.num_tokens - request.num_computed, budget)
-            if request.status is not Status.RUNNING or num_new == 0:
-                continue  # preempted by one before it, or no budget left
-            if self._make_room(request, num_new, preempted):
-                scheduled.append((request, num_new))
-                budget -= num_new
-        return scheduled, preempted, budget
-
-    def _make_room(self, request: Request, num_new: int, preempted: list[Request]) -> bool:
-        """Grow the request's table, preempting from the end of the order; False when it fell itself."""
-        while not self.kv.grow(request, num_new):
-            victim = self.running.last  # never one already scheduled: those stand before `request` in the order
-            self._preempt(victim)
-            preempted.append(victim)
-            if victim is request:
-                return False
-        return True
-
-    def _preempt(self, victim: Request) -> None:
-        self.events.emit(Preempted(self.step, victim.id, victim.num_computed))
-        self.running.remove(victim)
-        self.kv.release(victim)
-        victim.status = Status.WAITING
-        victim.num_preemptions += 1
-        self.waiting.add(victim)
-
-    def _admit_waiting(self, budget: int) -> list[tuple[Request, int]]:
-        scheduled: list[tuple[Request, int]] = []
-        while self.waiting:
-            request = self.waiting.first
-            matched = self.kv.match(request)
-            num_missing = request.num_tokens - len(matched) * self.config.block_size
-            num_new = min(num_missing, budget)
-            if reason := self._reason_to_wait(num_new, num_missing):
-                self.events.emit(Waited(self.step, request.id, reason))
-                break
-            # A lone request may use the last block; beside others, the watermark leaves them room to grow.
-            if not self.kv.can_admit(request, matched, num_new, keep_watermark=len(self.running) > 0):
-                self.events.emit(Waited(self.step, request.id, "no_blocks"))
-                break
-            self._admit(request)
-            self.kv.adopt(request, matched)
-            grown = self.kv.grow(request, num_new)
-            assert grown, "can_admit counted the blocks"
-            self.events.emit(Admitted(self.step, request.id, request.num_computed, request.num_preemptions))
-            if request.num_preemptions == 0:
-                request.num_cached = request.num_computed  # what a recompute finds again is not a hit
-            scheduled.append((request, num_new))
-            budget -= num_new
-        return scheduled
-
-    def _reason_to_wait(self, num_new: int, num_missing: int) -> str | None:
-        if len(self.running) >= self.config.max_num_seqs:
-            return "no_seat"
-        if num_new == 0 or (num_new < num_missing and not self.config.enable_chunked_prefill):
-            return "no_budget"
-        return None
-
-    def _admit(self, request: Request) -> None:
-        self.waiting.remove(request)
-        request.status = Status.RUNNING
-        if request.first_scheduled_s is None:
-            request.first_scheduled_s = time.monotonic()
-        self.running.add(request)
-
-    def _append(self, request: Request, new_token_ids: list[int]) -> None:
+    def append(self, request: Request, new_token_ids: list[int]) -> None:
         """Append tokens up to the one that ends the request."""
+        request.is_held = False
         if request.first_token_s is None:
-            request.first_token_s = time.monotonic()
+            request.first_token_s = self._clock()
         for token_id in new_token_ids:
             request.token_ids.append(token_id)
             reason = self._end_reason(request, token_id)
@@ -145,6 +99,173 @@ class Scheduler:
                 is_eos = token_id in self.config.eos_token_ids and not request.params.ignore_eos
                 self.finish(request, reason, token_id if reason == "stop" and not is_eos else None)
                 return
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """Take a request out, wherever it is, and give its blocks back."""
+        queue = self.running if request.status is Status.RUNNING else self.waiting
+        if request in queue:
+            queue.remove(request)
+        else:
+            self._leave_leader(request)
+        for fork in request.pending_forks:  # their leader leaves before they began: each goes its own way
+            self.add(fork)
+        request.pending_forks = []
+        self._let_go(request, reason)
+        request.status = Status.FINISHED
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        request.finished_s = self._clock()
+        self.events.emit(Finished(self.step, request.id, reason, request.num_output))
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Let `child` go on from where `parent` stands: with its blocks if there is a seat, else from the queue."""
+        has_seat = parent.status is Status.RUNNING and len(self.running) < self.config.max_num_seqs
+        child.arrival_step = parent.arrival_step
+        if has_seat and self.kv.fork(parent, child):
+            child.status, child.first_scheduled_s = Status.RUNNING, self._clock()
+            child.num_cached, child.is_held = parent.num_cached, parent.is_held
+            self.running.add(child)
+        else:
+            child.is_held = False
+            self.waiting.add(child)
+        self.events.emit(Forked(self.step, child.id, parent.id, tuple(child.block_ids), child.num_computed))
+
+    def _advance_running(self, budget: int, preempted: list[Request]) -> Scheduled:
+        scheduled: Scheduled = []
+        for request in list(self.running):
+            num_new = min(request.num_tokens - request.num_computed, budget)
+            if request.status is not Status.RUNNING or num_new == 0:
+                continue  # preempted by one before it, held by its owner, or no budget left
+            if self._make_room(request, num_new, preempted):
+                scheduled.append((request, num_new))
+                budget -= num_new
+        return scheduled
+
+    def _make_room(self, request: Request, num_new: int, preempted: list[Request]) -> bool:
+        """Grow the request's table, preempting from the end of the order; False when it fell itself."""
+        while not self.kv.grow(request, num_new):
+            if self.lingering:
+                self._clear_lingering()
+                continue
+            victim = self.running.last  # never one already scheduled: those stand before `request` in the order
+            self._preempt(victim, "itself" if victim is request else "no_blocks")
+            preempted.append(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, victim: Request, reason: str) -> None:
+        num_computed = victim.num_computed
+        is_swapped = self.config.preemption_mode == "swap" and self.swap.swap_out(victim)
+        how = "swap" if is_swapped else "recompute"
+        self.events.emit(Preempted(self.step, victim.id, num_computed, reason, how))
+        if not is_swapped:
+            self.kv.release(victim)
+        self.running.remove(victim)
+        victim.status = Status.WAITING
+        victim.num_preemptions += 1
+        self.waiting.add(victim)
+
+    def _admit_waiting(self, budget: int) -> Scheduled:
+        """Admit in order until one does not fit: whoever comes after it waits behind it."""
+        scheduled: Scheduled = []
+        is_new_batch = self.config.fills_batches and not self.running and not self.lingering
+        for request in at_the_door(self.config, list(self.waiting), self.kv, self.step):
+            if request.is_held:
+                continue
+            if self.config.fills_batches and not is_new_batch:
+                self.events.emit(Waited(self.step, request.id, "batch_runs"))
+                break
+            num_new, reason = self._try_to_admit(request, budget)
+            if not num_new:
+                self.events.emit(Waited(self.step, request.id, reason))
+                break
+            if is_new_batch:
+                reason = "new_batch"
+            self.events.emit(Admitted(self.step, request.id, request.num_computed, request.num_preemptions, reason))
+            scheduled.append((request, num_new))
+            budget -= num_new
+        return scheduled
+
+    def _try_to_admit(self, request: Request, budget: int) -> tuple[int, str]:
+        """Admit with what is stored of the request already; see `_admit_after`."""
+        if len(self.running) >= self.config.max_num_seqs:
+            return 0, "no_seat"
+        if request.host_ids:
+            return self._admit_after(request, Hit([], request.num_computed), budget)
+        hit = self.kv.match(request)
+        num_new, reason = self._admit_after(request, hit, budget)
+        if reason == "no_blocks" and hit.num_tokens % self.config.block_size:
+            # A block known in part is held beside its copy: one more than the request itself needs.
+            return self._admit_after(request, hit.without_part(self.config.block_size), budget)
+        return num_new, reason
+
+    def _admit_after(self, request: Request, hit: Hit, budget: int) -> tuple[int, str]:
+        """How many tokens the request computes in this step and why it may; 0 and why it must wait."""
+        num_missing = request.num_tokens - hit.num_tokens
+        num_new = min(num_missing, budget)
+        if num_new == 0 or (num_new < num_missing and not self.config.chunks_prompts):
+            return 0, "no_budget"
+        is_alone = len(self.running) == 0  # it may use the last block; beside others, the watermark leaves room to grow
+        is_swapped = bool(request.host_ids)
+        can_begin = (
+            self.swap.can_swap_in(request, num_new, not is_alone)
+            if is_swapped
+            else self.kv.can_admit(request, hit, num_new, not is_alone)
+        )
+        if not can_begin:
+            return 0, "no_blocks"
+        self._begin(request, hit, num_new)
+        return num_new, "swapped_in" if is_swapped else "alone" if is_alone else "fits"
+
+    def _begin(self, request: Request, hit: Hit, num_new: int) -> None:
+        self.waiting.remove(request)
+        request.status = Status.RUNNING
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = self._clock()
+        self.running.add(request)
+        if request.host_ids:
+            self.swap.swap_in(request)
+        else:
+            self.kv.adopt(request, hit)
+        if request.num_preemptions == 0:
+            request.num_cached = request.num_computed  # what a recompute finds again is not a hit
+        has_grown = self.kv.grow(request, num_new)
+        assert has_grown, "the blocks were counted"
+
+    def _unblock(self, preempted: list[Request]) -> None:
+        """All who run wait for their owners' choice: the last makes room for one who can be computed."""
+        if self.running and any(not request.is_held for request in self.waiting):
+            victim = self.running.last
+            self._preempt(victim, "held")
+            preempted.append(victim)
+
+    def _start_forks(self, request: Request) -> list[Request]:
+        """The samples that waited for this prompt begin, with its blocks and, next, tokens of their own."""
+        forks, request.pending_forks = request.pending_forks, []
+        for fork in forks:
+            fork.token_ids = list(request.token_ids)
+            self.fork(request, fork)
+        return forks
+
+    def _leave_leader(self, fork: Request) -> None:
+        for leader in (*self.running, *self.waiting):
+            if fork in leader.pending_forks:
+                leader.pending_forks.remove(fork)
+
+    def _let_go(self, request: Request, reason: str) -> None:
+        """Give blocks back; in a static batch who ended keeps them until the last one has."""
+        self.swap.forget(request)
+        if self.config.batching == "static" and reason != "abort" and self.running:
+            self.lingering.append(request)
+            return
+        self.kv.release(request)
+        if not self.running:
+            self._clear_lingering()
+
+    def _clear_lingering(self) -> None:
+        for request in self.lingering:
+            self.kv.release(request)
+        self.lingering = []
 
     def _end_reason(self, request: Request, token_id: int) -> str | None:
         params = request.params

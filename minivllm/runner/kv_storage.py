@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from minivllm.config import ModelConfig
+from minivllm.engine.plan import Move, Transfer
 from minivllm.errors import ConfigError
 
 
@@ -20,11 +21,17 @@ class LayerStorage:
 class KVStorage:
     """Allocated once; slot = block_id * block_size + offset."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: str) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, device: str, num_host_blocks: int = 0
+    ) -> None:
         dtype = getattr(torch, config.dtype)
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_size)
+        host_shape = (config.num_layers, 2, num_host_blocks + 1, *shape[3:])  # its ids count from 1, too
         self.block_size = block_size
         self.data = _zeros(shape, dtype, device)
+        self.host = _zeros(host_shape, dtype, "cpu") if num_host_blocks else self.data[:, :, :0]
+        if num_host_blocks and device == "cuda":
+            self.host = self.host.pin_memory()  # the device copies from and to it without a detour
         self.layers = [LayerStorage(k=layer[0], v=layer[1]) for layer in self.data]
 
     @property
@@ -35,6 +42,17 @@ class KVStorage:
         """Zero fresh blocks: what their last owner left may be infinite, and masked slots are multiplied by 0."""
         for block_id in block_ids:  # few, and faster one by one than index_fill_
             self.data[:, :, block_id].zero_()
+
+    def move(self, transfers: list[Transfer]) -> None:
+        """Copy whole blocks, over all layers, one after the other: a later one may overwrite what an earlier read."""
+        ends = {
+            Move.COPY: (self.data, self.data),
+            Move.SWAP_OUT: (self.data, self.host),
+            Move.SWAP_IN: (self.host, self.data),
+        }
+        for transfer in transfers:
+            source, target = ends[transfer.move]
+            target[:, :, transfer.target_id].copy_(source[:, :, transfer.source_id])
 
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V stored at a slot, [num_kv_heads, head_size] each: views of the cache itself."""

@@ -26,28 +26,33 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every scheduled token, store its K and V, and sample where a request is up to date."""
+        self.storage.move(plan.transfers)
+        self.storage.clear(plan.fresh_block_ids)
         if not plan.scheduled:
             return StepResult({})
-        self.storage.clear(plan.fresh_block_ids)
         batch = build_batch(plan, self.storage.block_size, self.device)
         attention = self._backend(self.config, batch, self._layers)
         logits = self.model(batch.token_ids, batch.positions, batch.logit_rows, attention)  # [R, vocab]
         return self._choose_tokens(plan, logits)
 
     def _choose_tokens(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
-        """Sample for up-to-date requests; `logits` has the rows of each request's logit_range, in plan order."""
-        sampled, last_rows, prompt_logprobs, row = [], [], {}, 0
+        """Sample for up-to-date requests; `logits` has the rows of each request's logit_range, in plan order.
+
+        The samples that fork off a prompt all draw their first token from its last row.
+        """
+        sampled, last_rows, prompt_logprobs, row = list[Request](), list[int](), {}, 0
         for request, num_new in plan.scheduled:
             first, end = logit_range(request, num_new)
             if request.params.prompt_logprobs is not None:
                 prompt_logprobs[request.id] = (first, self._judge_prompt(request, first, end, logits[row:]))
             row += end - first
             if needs_token(request, num_new):
-                sampled.append(request)
-                last_rows.append(row - 1)
+                samples = (request, *request.pending_forks)
+                sampled.extend(samples)
+                last_rows.extend(row - 1 for _ in samples)
         if not sampled:
             return StepResult({}, prompt_logprobs=prompt_logprobs)
-        logits = logits if len(last_rows) == len(logits) else logits[last_rows]
+        logits = logits if last_rows == list(range(len(logits))) else logits[last_rows]
         token_ids = sample(logits, sampled, self.config.eos_token_ids)
         logprobs = {
             request.id: token_logprobs(logits[r : r + 1], token_ids[r : r + 1], request.params.logprobs)

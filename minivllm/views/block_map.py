@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from minivllm.errors import MiniVLLMError
-from minivllm.events import Event, EventBus, Trace
+from minivllm.events import Event, EventBus
+from minivllm.trace import Trace
 from minivllm.views.block_map_picture import BlockMapPicture, draw, provenance
 from minivllm.views.block_map_png import block_map_image
 from minivllm.views.pool_state import PoolState

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from minivllm.errors import MiniVLLMError
-from minivllm.events import Event, EventBus, Trace
+from minivllm.events import Event, EventBus
+from minivllm.trace import Trace
 from minivllm.views.pool_state import PoolFold, PoolState
 
 

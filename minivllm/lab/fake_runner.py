@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from minivllm.config import EngineConfig
-from minivllm.engine.block_pool import CacheEntry
+from minivllm.engine.block_pool import NULL_BLOCK, CacheEntry
 from minivllm.engine.engine import Engine
 from minivllm.engine.kv_manager import slot_of
-from minivllm.engine.plan import StepPlan, StepResult, needs_token
+from minivllm.engine.plan import Move, StepPlan, StepResult, Transfer, needs_token
+from minivllm.engine_config import EngineConfig
 from minivllm.request import Request, SamplingParams
 
 
@@ -31,7 +31,8 @@ class FakeRunner:
     def __init__(self, block_size: int, vocab_size: int = 12) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self.contents: dict[int, Fingerprint] = {}
+        self.contents: dict[int, Fingerprint] = {}  # by slot
+        self.host: dict[int, list[Fingerprint | None]] = {}  # by host block
         self.entries: dict[int, tuple[CacheEntry, list[Fingerprint]]] = {}  # cached blocks by serial, as first seen
         self.before: Callable[[StepPlan], None] = lambda plan: None  # looks at the plan
         self.after: Callable[[StepPlan], None] = lambda plan: None  # may raise or abort: the slots are written
@@ -40,12 +41,36 @@ class FakeRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Write the scheduled tokens, check all that stands before them, answer where a request is up to date."""
         self.before(plan)
+        for transfer in plan.transfers:
+            self._move(transfer)
+        for block_id in plan.fresh_block_ids:
+            self._store(block_id, [None] * self.block_size)
         for request, num_new in plan.scheduled:
             self._write(request, num_new)
         up_to_date = [request for request, num_new in plan.scheduled if needs_token(request, num_new)]
-        answers = {request.id: [self._next_token(request)] for request in up_to_date}
+        samples = [(request, sample) for request in up_to_date for sample in (request, *request.pending_forks)]
+        answers = {sample.id: [self._next_token(request, sample.seed)] for request, sample in samples}
         self.after(plan)
         return StepResult(answers)
+
+    def _move(self, transfer: Transfer) -> None:
+        """What KVStorage does with bytes."""
+        if transfer.move is Move.SWAP_IN:
+            self._store(transfer.target_id, self.host[transfer.source_id])
+            return
+        block = [self.contents.get(transfer.source_id * self.block_size + i) for i in range(self.block_size)]
+        if transfer.move is Move.SWAP_OUT:
+            self.host[transfer.target_id] = block
+        else:
+            self._store(transfer.target_id, block)
+
+    def _store(self, block_id: int, block: list[Fingerprint | None]) -> None:
+        for offset, fingerprint in enumerate(block):
+            slot = block_id * self.block_size + offset
+            if fingerprint is None:
+                self.contents.pop(slot, None)
+            else:
+                self.contents[slot] = fingerprint
 
     def _write(self, request: Request, num_new: int) -> None:
         start, end = request.num_computed, request.num_computed + num_new
@@ -66,13 +91,15 @@ class FakeRunner:
         digest = 0
         for position, token_id in enumerate(request.token_ids[:end]):
             digest = hash((digest, token_id))
+            if request.block_ids[position // self.block_size] == NULL_BLOCK:
+                continue  # fell out of the window
             slot = slot_of(position, request.block_ids, self.block_size)
             found, expected = self.contents.get(slot), Fingerprint(token_id, position, digest)
             assert found == expected, f"I16: {request.id} at {position}, slot {slot}: {found}, not {expected}"
         return digest
 
-    def _next_token(self, request: Request) -> int:
-        return self._read(request, request.num_tokens) % self.vocab_size
+    def _next_token(self, request: Request, seed: int) -> int:
+        return hash((self._read(request, request.num_tokens), seed)) % self.vocab_size
 
 
 def fake_engine(**options: Any) -> tuple[Engine, FakeRunner]:

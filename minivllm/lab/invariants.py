@@ -1,6 +1,7 @@
 """The invariants I1-I15 of the engine, checked from outside: after a step, on a plan, and when all is drained.
 
-The fake runner adds I16 and the "written once" of I9. I8 (drafts are never cached) has no drafts to look at yet.
+The fake runner adds I16 and the "written once" of I9, free_list_twin.py adds I14. I8 (drafts are never cached) has no
+drafts to look at yet.
 """
 
 from collections import Counter
@@ -12,9 +13,8 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.kv_manager import blocks_needed
 from minivllm.engine.plan import StepPlan
 from minivllm.engine.prefix_cache import HashChainCache, root_hash
-from minivllm.events import BlockCached, BlocksReleased, BlocksTaken, Event, Evicted, PrefixHit
+from minivllm.lab.fake_runner import FakeRunner
 from minivllm.request import Request, Status
-from tests.fake_runner import FakeRunner
 
 
 def check_invariants(engine: Engine, runner: FakeRunner | None = None) -> None:
@@ -40,7 +40,7 @@ def check_plan(engine: Engine, plan: StepPlan) -> None:
         assert num_new > 0, f"I7: {request.id} has nothing to compute"
         end = request.num_computed + num_new
         assert end <= request.num_tokens, f"I9: {request.id} would compute {end} of {request.num_tokens} tokens"
-        if not config.enable_chunked_prefill:
+        if not config.chunks_prompts:
             assert end == request.num_tokens, f"I11: {request.id} is chunked"
         # I10: exactly the blocks that computed and scheduled tokens need.
         needed = blocks_needed(end, config.block_size)
@@ -56,6 +56,9 @@ def check_drained(engine: Engine) -> None:
     pool = engine.kv.pool
     assert not engine.requests and not engine.has_work, f"I13: {list(engine.requests)} linger"
     assert len(engine.scheduler.running) == len(engine.scheduler.waiting) == 0, "I13: a queue is not empty"
+    assert not engine.scheduler.lingering, "I13: a finished batch still holds blocks"
+    assert not engine.pins.blocks_of, "I13: a prefix is still pinned"
+    assert engine.scheduler.swap.num_free == engine.config.num_host_blocks, "I13: host blocks are lost"
     assert all(block.ref_count == 0 for block in pool.blocks), "I13: a block still has an owner"
     assert pool.num_free == pool.num_usable == len(pool.blocks) - 1, f"I13: {pool.num_free} of {pool.num_usable} free"
 
@@ -63,58 +66,23 @@ def check_drained(engine: Engine) -> None:
 def most_steps_to_drain(engine: Engine) -> int:
     """I15: the first in the order gets a token in each step and is never preempted, so this many steps are enough.
 
-    Under `priority` a guest may first end its own work, once for each request that goes before it.
+    Under other policies than fcfs a guest may first end its own work, once for each request that goes before it; with
+    prefill_first every step that decodes may be followed by one that admits.
     """
     work = sum(request.num_prompt + request.max_tokens for request in engine.requests.values())
-    return work * (1 + len(engine.requests)) if engine.config.scheduling_policy == "priority" else work
-
-
-class FreeListTwin:
-    """I14: the free list told again from the events alone, as a plain list; evictions must take its first block."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.free = list(range(1, num_blocks))
-        self.owners: Counter[int] = Counter()
-        self.cached: set[int] = set()
-        self.is_resetting = False
-
-    def __call__(self, event: Event) -> None:
-        """Be a listener: `engine.events.listen(twin)`."""
-        if isinstance(event, PrefixHit):
-            for block_id in event.block_ids:
-                if not self.owners[block_id]:
-                    self.free.remove(block_id)
-                self.owners[block_id] += 1
-        elif isinstance(event, Evicted):
-            assert event.block_id in self.free, f"I14: block {event.block_id} was evicted while in use"
-            self.cached.discard(event.block_id)
-            place = self.free.index(event.block_id)
-            if self.is_resetting:
-                self.free.insert(0, self.free.pop(place))
-            else:  # those before it are taken before it, in the same stroke
-                assert self.cached.isdisjoint(self.free[:place]), f"I14: {event.block_id} was evicted out of turn"
-        elif isinstance(event, BlocksTaken):
-            for block_id in event.block_ids:
-                assert self.free.pop(0) == block_id, f"I14: block {block_id} was taken out of turn"
-                self.owners[block_id] += 1
-        elif isinstance(event, BlocksReleased):
-            for block_id in reversed(event.block_ids):
-                self._release(block_id)
-        elif isinstance(event, BlockCached):
-            self.cached.add(event.block_id)
-
-    def _release(self, block_id: int) -> None:
-        self.owners[block_id] -= 1
-        if self.owners[block_id] == 0:
-            self.free.insert(len(self.free) if block_id in self.cached else 0, block_id)
-
-    def check(self, pool: BlockPool) -> None:
-        assert list(pool.free_ids()) == self.free, f"I14: free list {list(pool.free_ids())}, events say {self.free}"
+    if engine.config.batching == "prefill_first":
+        work *= 2
+    return work if engine.config.scheduling_policy == "fcfs" else work * (1 + len(engine.requests))
 
 
 def _check_ownership(engine: Engine) -> None:
-    pool = engine.kv.pool
-    held = Counter(block_id for request in engine.requests.values() for block_id in request.block_ids)
+    pool, owners = engine.kv.pool, [*engine.requests.values(), *engine.scheduler.lingering]
+    held = Counter(
+        block_id
+        for request in owners
+        for block_id in (*request.block_ids[request.num_dropped :], *request.reserved_ids)
+    )
+    held.update(block_id for ids in engine.pins.blocks_of_ids().values() for block_id in ids)
     free = list(pool.free_ids())
     # I1: as many owners as table entries.
     for block in pool.blocks:
@@ -126,8 +94,14 @@ def _check_ownership(engine: Engine) -> None:
     assert len(free) == len(set(free)), f"I3: duplicates in the free list {free}"
     # I4: no table points to a free block.
     assert held.keys().isdisjoint(free), f"I4: tables point to free blocks {held.keys() & set(free)}"
-    for request in engine.requests.values():
-        assert len(set(request.block_ids)) == len(request.block_ids), f"I1: {request.id} holds a block twice"
+    for request in owners:
+        live = request.block_ids[request.num_dropped :]
+        assert len(set(live)) == len(live), f"I1: {request.id} holds a block twice"
+        assert NULL_BLOCK not in live, f"I2: the null block is in the live part of {request.id}"
+        assert set(request.block_ids[: request.num_dropped]) <= {NULL_BLOCK}, f"I10: {request.id} dropped and kept"
+    host_ids = [id_ for request in owners for id_ in request.host_ids]
+    all_host_ids = sorted([*host_ids, *engine.scheduler.swap.free_ids])
+    assert all_host_ids == list(range(1, engine.config.num_host_blocks + 1)), f"I2: host blocks {all_host_ids}"
 
 
 def _check_free_list(pool: BlockPool) -> None:
@@ -146,22 +120,28 @@ def _check_free_list(pool: BlockPool) -> None:
 
 def _check_cache(engine: Engine) -> None:
     cache, blocks = engine.kv.cache, engine.kv.pool.blocks
-    block_of = cache.block_of if isinstance(cache, HashChainCache) else {}
+    holders = [block for block in blocks if block.entry is not None]
+    for block in holders:
+        assert block.entry and cache.holder(block.entry.serial) is block, f"I6: block {block.id} is not its own holder"
+        # I5: a cached block is full.
+        assert len(block.entry.token_ids) == engine.config.block_size, f"I5: block {block.id} is not full"
+    if isinstance(cache, HashChainCache):
+        _check_map(cache, blocks, len(holders))
+
+
+def _check_map(cache: HashChainCache, blocks: list[Block], num_holders: int) -> None:
     # I6: the map and the blocks agree, one entry for each.
-    for block_hash, block in block_of.items():
+    for block_hash, block in cache.block_of.items():
         assert blocks[block.id] is block, f"I6: the map leads to a strange block {block.id}"
         assert block.entry and block.entry.block_hash == block_hash, f"I6: block {block.id} does not hold its key"
-    holders = [block for block in blocks if block.entry is not None]
-    assert len(holders) == len(block_of), f"I6: {len(holders)} blocks cache, the map has {len(block_of)}"
-    # I5: a cached block is full.
-    for block in holders:
-        assert block.entry and len(block.entry.token_ids) == engine.config.block_size, f"I5: {block.id} is not full"
+    assert num_holders == len(cache.block_of), f"I6: {num_holders} blocks cache, the map has {len(cache.block_of)}"
 
 
 def _check_requests(engine: Engine) -> None:
     size, scheduler = engine.config.block_size, engine.scheduler
     running, waiting = list(scheduler.running), list(scheduler.waiting)
     everyone = [*running, *waiting]
+    everyone += [fork for request in everyone for fork in request.pending_forks]
     assert len(everyone) == len(engine.requests), "I15: a request is in no queue, or in two"
     assert set(map(id, everyone)) == set(map(id, engine.requests.values())), "I15: the queues hold strangers"
     assert len(running) <= engine.config.max_num_seqs, f"I11: {len(running)} running"
@@ -170,14 +150,18 @@ def _check_requests(engine: Engine) -> None:
         assert request.num_cached < request.num_prompt, f"I7: {request.id} hit {request.num_cached}"
         assert request.num_computed <= request.num_tokens, f"I9: {request.id} computed {request.num_computed}"
         assert request.num_output < request.max_tokens, f"I15: {request.id} should have ended"
-        # I10: the table has exactly the blocks of what is computed.
+        # I10: the table has exactly the blocks of what is computed; on the host, all that have not been dropped.
         needed = blocks_needed(request.num_computed, size)
+        if request.host_ids:
+            assert len(request.host_ids) == needed - request.num_dropped, f"I10: {request.id} left blocks behind"
+            continue
         assert len(request.block_ids) == needed, f"I10: {request.id} has {len(request.block_ids)} blocks, not {needed}"
     for request in running:
         assert request.status is Status.RUNNING, f"I15: {request.id} runs while {request.status}"
     for request in waiting:
         assert request.status is Status.WAITING, f"I15: {request.id} waits while {request.status}"
-        assert not request.block_ids and request.num_computed == 0, f"I9: {request.id} waits and holds blocks"
+        assert not request.block_ids and not request.reserved_ids, f"I9: {request.id} waits and holds blocks"
+        assert bool(request.host_ids) == (request.num_computed > 0), f"I9: {request.id} waits, computed and lost"
 
 
 def _check_cached_contents(engine: Engine, runner: FakeRunner) -> None:

@@ -1,0 +1,129 @@
+"""How an engine is run: every decision of the scheduler and the KV manager that a user may set, checked when built."""
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from minivllm.config import require_integers
+from minivllm.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "batching": ("chunked", "decode_first", "prefill_first", "request_level", "static"),
+    "scheduling_policy": ("fcfs", "priority", "shortest_first", "longest_prefix_first", "dfs"),
+    "preemption_mode": ("recompute", "swap"),
+    "allocator": ("paged", "contiguous", "power_of_two", "oracle", "buddy"),
+    "prefix_cache": ("hash", "radix"),
+    "eviction_policy": ("lru", "lfu", "fifo", "slru", "priority"),
+}
+
+
+WHOLE_PROMPTS = ("decode_first", "prefill_first")  # ways of batching that never cut a prompt
+
+
+class Policies(TypedDict, total=False):
+    """The fields of EngineConfig that LLM takes as keyword arguments under the same names."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    batching: str
+    scheduling_policy: str
+    aging_steps: int | None
+    preemption_mode: str
+    num_host_blocks: int
+    allocator: str
+    prefix_cache: str
+    eviction_policy: str
+    watermark: float
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes, and one choice for each policy; the files in engine/ say what each choice does."""
+
+    num_blocks: int  # physical blocks, the null block 0 included
+    block_size: int = 16
+    max_model_len: int = 2048
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    batching: str = "chunked"
+    scheduling_policy: str = "fcfs"
+    aging_steps: int | None = None  # steps of waiting that outweigh one unit of priority; None: strict priorities
+    preemption_mode: str = "recompute"
+    num_host_blocks: int = 0  # blocks in host memory, for preemption by swap
+    allocator: str = "paged"
+    prefix_cache: str = "hash"
+    eviction_policy: str = "lru"
+    window: int | None = None  # the longest sliding window, when every layer has one: what is older is freed
+    watermark: float = 0.01  # share of the pool that admission leaves free for those already running
+    eos_token_ids: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if not 1 <= self.block_size <= 256:
+            raise ConfigError(f"block_size must be from 1 to 256, not {self.block_size}")
+        for name, least in (("max_model_len", 2), ("max_num_seqs", 1), ("max_num_batched_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark must be at least 0 and below 1, not {self.watermark}")
+        if self.aging_steps is not None and self.aging_steps < 1:
+            raise ConfigError(f"aging_steps must be at least 1 (or None for strict priorities), not {self.aging_steps}")
+        if not self.chunks_prompts and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a whole prompt must fit in one step: raise max_num_batched_tokens "
+                f"({self.max_num_batched_tokens}) to max_model_len ({self.max_model_len}) or lower max_model_len"
+            )
+        if self.capacity_tokens < self.max_model_len:
+            raise ConfigError(
+                f"the KV pool holds {self.capacity_tokens} tokens, less than one request of max_model_len "
+                f"{self.max_model_len}: raise kv_cache_memory or lower max_model_len to {self.capacity_tokens}"
+            )
+        self._check_combinations()
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that fit in the pool; block 0 is the null block and holds none."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def chunks_prompts(self) -> bool:
+        """Whether a prompt may be computed over several steps."""
+        return self.enable_chunked_prefill and self.batching not in WHOLE_PROMPTS
+
+    @property
+    def fills_batches(self) -> bool:
+        """Whether guests wait until the whole batch is over."""
+        return self.batching in ("request_level", "static")
+
+    def _check_types(self) -> None:
+        require_integers(
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
+            num_host_blocks=self.num_host_blocks, aging_steps=self.aging_steps, window=self.window,
+        )  # fmt: skip
+        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
+            if not isinstance(getattr(self, name), bool):  # the string "no" would count as yes
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.watermark, int | float):
+            raise ConfigError(f"watermark must be a number, not {self.watermark!r}")
+
+    def _check_combinations(self) -> None:
+        """Refuse policies that contradict each other."""
+        if self.allocator != "paged" and self.enable_prefix_caching:
+            raise ConfigError(
+                f"allocator={self.allocator!r} gives each request blocks of its own, nothing can be shared: "
+                "set enable_prefix_caching=False, or allocator='paged'"
+            )
+        if self.preemption_mode == "swap" and self.num_host_blocks < 1:
+            raise ConfigError("preemption_mode='swap' needs host memory: give swap_space (GiB) or num_host_blocks")
+        keeps_starts = self.prefix_cache == "radix" or self.eviction_policy != "lru"
+        if self.window is not None and self.enable_prefix_caching and keeps_starts:
+            raise ConfigError(
+                "every layer of this model has a sliding window, so the starts of prefixes are freed: "
+                "use prefix_cache='hash' with eviction_policy='lru', or enable_prefix_caching=False"
+            )
