@@ -15,7 +15,7 @@ from minivllm.events import BlocksReleased, BlocksTaken, EventBus
 from minivllm.trace import Trace
 from minivllm.views.block_map import BlockMap, draw
 from minivllm.views.block_map_picture import MAX_HEIGHT_PX, WIDTH_PX, layout
-from minivllm.views.pool_state import pool_state
+from minivllm.views.pool_fold import pool_state
 from minivllm.views.publisher import Publisher
 from minivllm.views.widget import STATIC, Panel, View, script
 from tests.view_traces import HEADER, HOSTILE, ran, small_trace

@@ -1,11 +1,14 @@
 """The fold from events to the state of the pool, and what it refuses to believe."""
 
+from itertools import count
+
 import pytest
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Added, BlocksReleased, BlocksTaken, Event, Finished, PrefixHit
 from minivllm.lab.fake_runner import fake_engine, fake_request
-from minivllm.views.pool_state import NUM_GONE, PoolFold, PoolState, pool_state
+from minivllm.views.pool_fold import NUM_GONE, PoolFold, pool_state
+from minivllm.views.pool_state import PoolState
 from minivllm.views.theme import OWNER_COLOURS, contrast, escape, ink_on, owner_colour, owner_letter, visible
 from tests.view_traces import HEADER, HOSTILE, small_trace
 
@@ -101,16 +104,33 @@ def test_fold_of_an_incremental_run_equals_a_fold_from_the_start() -> None:
     assert fold.state() == pool_state(trace.header, trace)
 
 
+POLICIES: list[dict[str, object]] = [
+    {},
+    {"prefix_cache": "radix", "eviction_policy": "fifo"},
+    {"preemption_mode": "swap", "num_host_blocks": 48},
+    {"window": 5},
+    {"batching": "static"},
+    {"allocator": "oracle", "enable_prefix_caching": False},
+    {"allocator": "buddy", "enable_prefix_caching": False, "preemption_mode": "swap", "num_host_blocks": 20},
+]
+
+
+@pytest.mark.parametrize("policies", POLICIES, ids=str)
 @pytest.mark.parametrize("block_size", [1, 3, 4, 16])
-def test_fold_agrees_with_the_real_pool_after_every_step(block_size: int) -> None:
-    engine, _ = fake_engine(block_size=block_size, num_blocks=1 + 48 // block_size, max_num_batched_tokens=16)
+def test_fold_agrees_with_the_real_pool_after_every_step(block_size: int, policies: dict[str, object]) -> None:
+    sizes = {"block_size": block_size, "num_blocks": 1 + 48 // block_size, "max_num_batched_tokens": 16}
+    engine, _ = fake_engine(**sizes, **policies)
     fold = PoolFold({"num_blocks": 1 + 48 // block_size, "block_size": block_size})
     engine.events.listen(fold.apply)
     requests = [fake_request(str(i), [7] * 9 + [i] * i, max_tokens=12) for i in range(5)]
     for request in requests:
         engine.add(request)
-    while engine.has_work:
+    for step in count(1):
+        if not engine.has_work:
+            break
         engine.step()
+        if step in (2, 5) and "1" in engine.requests:
+            requests.append(engine.fork("1", f"fork {step}", seed=step))
         state, pool = fold.state(), engine.scheduler.kv.pool
         assert state.num_free == pool.num_free
         assert [b.ref_count for b in state.blocks] == [b.ref_count for b in pool.blocks]
@@ -118,6 +138,8 @@ def test_fold_agrees_with_the_real_pool_after_every_step(block_size: int) -> Non
         assert {r.request_id: list(r.block_ids) for r in state.holders} == {
             r.id: r.block_ids for r in requests if r.block_ids
         }
+        alive = [r for r in state.requests if r.request_id in engine.requests and r.block_ids]
+        assert [r.num_computed for r in alive] == [engine.requests[r.request_id].num_computed for r in alive]
 
 
 def test_owner_colours_never_change_and_letters_never_end() -> None:

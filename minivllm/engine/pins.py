@@ -26,7 +26,7 @@ class Pins:
         if name in self.blocks_of:
             raise RequestError(f"pin {name!r}: the name is in use; unpin it first")
         probe = Request("", [*token_ids, -1], len(token_ids), SamplingParams(), 1, salt=salt)
-        blocks = self._kv.match(probe).blocks[: len(token_ids) // self._kv.block_size]
+        blocks = self._kv.match(probe).without_part(self._kv.block_size).blocks
         if not blocks:
             raise RequestError(
                 f"pin {name!r}: no full block of these {len(token_ids)} tokens is cached; run them first"

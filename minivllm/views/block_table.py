@@ -21,7 +21,8 @@ from minivllm.views.block_table_picture import (
     translate,
 )
 from minivllm.views.block_table_png import block_table_image
-from minivllm.views.pool_state import PoolState, header_count
+from minivllm.views.pool_fold import header_count
+from minivllm.views.pool_state import PoolState
 from minivllm.views.widget import View, in_words, script, whole_number
 
 __all__ = ["BlockTable", "SlotBytes", "Translation", "draw", "translate"]

@@ -3,15 +3,24 @@
 from minivllm.events import (
     Added,
     Admitted,
+    BlockCopied,
+    BlockExchanged,
+    BlocksDropped,
     BlocksReleased,
+    BlocksReserved,
     BlocksTaken,
     Event,
     Evicted,
     Finished,
+    Forked,
+    Pinned,
     Preempted,
     PrefixHit,
     Refused,
     StepRan,
+    SwappedIn,
+    SwappedOut,
+    Unpinned,
     Waited,
 )
 from minivllm.views.theme import clipped, counted
@@ -21,6 +30,12 @@ WAIT_REASONS = {
     "no_budget": "the token budget of this step is spent",
     "no_blocks": "there are too few free blocks",
     "just_preempted": "a request was just preempted",
+    "batch_runs": "the batch that runs has not ended",
+}
+PREEMPTION_REASONS = {
+    "no_blocks": "one before it had to grow",
+    "itself": "it had to grow and is the last in the order",
+    "held": "it waits for a choice and others could run",
 }
 NUM_LISTED = 6  # ids named one by one, then a count
 
@@ -51,16 +66,39 @@ def _words(event: Event) -> str:
             return f"{_name(request_id)} waits because {WAIT_REASONS.get(reason, reason)}"
         case PrefixHit(request_id=request_id, block_ids=ids, num_tokens=num_tokens):
             return f"{_name(request_id)} found {counted(num_tokens, 'token')} already computed in {blocks(ids)}"
-        case Admitted(request_id=request_id, num_preemptions=num_preemptions):
-            return f"{_name(request_id)} began{' again' if num_preemptions else ''}"
+        case Admitted(request_id=request_id, num_preemptions=num_preemptions, reason=reason):
+            how = " from the host's memory" if reason == "swapped_in" else " again" if num_preemptions else ""
+            return f"{_name(request_id)} began{how}{' with a new batch' if reason == 'new_batch' else ''}"
         case Evicted(block_id=block_id):
             return f"block {block_id} lost its cached contents"
         case BlocksTaken(request_id=request_id, block_ids=ids):
             return f"{_name(request_id)} took {blocks(ids)}"
         case BlocksReleased(request_id=request_id, block_ids=ids):
             return f"{_name(request_id)} let go of {blocks(ids)}"
-        case Preempted(request_id=request_id, num_computed=num_computed):
-            return f"{_name(request_id)} was preempted and must compute {counted(num_computed, 'token')} again"
+        case Preempted(request_id=request_id, num_computed=num_computed, reason=reason, how=how):
+            because = PREEMPTION_REASONS.get(reason, reason)
+            stored = counted(num_computed, "token")
+            rest = f"and its {stored} wait on the host" if how == "swap" else f"and must compute {stored} again"
+            return f"{_name(request_id)} was preempted, because {because}, {rest}"
+        case Forked(request_id=request_id, parent_id=parent_id, block_ids=ids):
+            shared = f"shares {blocks(ids)}" if ids else "waits for a seat"
+            return f"{_name(request_id)} forked off {_name(parent_id)} and {shared}"
+        case BlockCopied(request_id=request_id, source_id=source_id, block_id=block_id):
+            return f"{_name(request_id)} copied block {source_id} to block {block_id} before writing"
+        case BlockExchanged(request_id=request_id, block_id=block_id, cached_id=cached_id):
+            return f"{_name(request_id)} gave up block {block_id} for its cached twin, block {cached_id}"
+        case BlocksReserved(request_id=request_id, block_ids=ids):
+            return f"{_name(request_id)} reserved {counted(len(ids), 'block')} in a row"
+        case BlocksDropped(request_id=request_id, block_ids=ids):
+            return f"{_name(request_id)} dropped {blocks(ids)}, which no window reaches any more"
+        case SwappedOut(request_id=request_id, block_ids=ids):
+            return f"{_name(request_id)} went to the host with {counted(len(ids), 'block')}"
+        case SwappedIn(request_id=request_id, block_ids=ids):
+            return f"{_name(request_id)} came back from the host into {blocks(ids)}"
+        case Pinned(name=name, block_ids=ids):
+            return f"{blocks(ids)} were pinned as {clipped(name, 24)}"
+        case Unpinned(name=name):
+            return f"{clipped(name, 24)} was unpinned"
         case Finished(request_id=request_id, reason=reason, num_output=num_output):
             return f"{_name(request_id)} finished ({clipped(reason, 24)}) with {counted(num_output, 'output token')}"
         case Refused(request_id=request_id, reason=reason):

@@ -8,7 +8,8 @@ from typing import Protocol
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Event, EventBus
 from minivllm.trace import Trace
-from minivllm.views.pool_state import PoolFold, PoolState
+from minivllm.views.pool_fold import PoolFold
+from minivllm.views.pool_state import PoolState
 
 
 class Source(Protocol):
