@@ -6,7 +6,9 @@ import os
 import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("lab", "Open JupyterLab on the notebooks.", open_lab, _add_lab),
         ("fetch", "Download and convert the default model, once.", fetch, None),
         ("generate", "Answer or continue a prompt, as the tokens come.", generate, _add_generate),
-        ("bench", "Measure: minivllm bench engine --help, minivllm bench kernels --help.", bench, _add_bench),
+        ("bench", "Measure: minivllm bench engine --help, also kernels and policies.", bench, _add_bench),
+        ("study", "Try the engine's policies on itself and print what came of it.", study, _add_study),
         ("doctor", "Say what this machine has, and what to do about each lack.", examine, None),
     ):
         subparser = commands.add_parser(name, help=summary, description=summary)
@@ -178,16 +181,41 @@ def _stats(result: "RequestOutput") -> str:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["engine", "kernels"])
+    parser.add_argument("what", choices=["engine", "kernels", "policies"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of that benchmark")
 
 
 def bench(options: argparse.Namespace) -> int:
-    if options.what == "kernels":
-        from minivllm.bench.kernels import main as run  # torch: seconds
-    else:
-        from minivllm.bench.engine import main as run  # torch and transformers: seconds
+    run = import_module(f"minivllm.bench.{options.what}").main  # torch, and transformers for some: seconds
     return run(options.arguments) or OK
+
+
+STUDIES = {  # module of minivllm.lab, and what it answers
+    "allocators": ("allocator_study", "how much memory paging saves, beside four rivals"),
+    "equality": ("equality", "whether a cached, chunked, preempted or forked run equals a cold one in every bit"),
+    "futures": ("futures", "what changes when one policy is changed halfway through a run"),
+    "museum": ("museum", "which invariant catches which historical fault, and how soon"),
+    "security": ("security", "what a shared prefix cache gives away, and what stops it"),
+    "whatif": ("simulator", "throughput and latency at request rates that were not run"),
+}
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(f"{name:12}{answer}" for name, (_, answer) in STUDIES.items())
+    parser.add_argument("what", choices=STUDIES)
+    parser.add_argument("--model", help="where the study runs a model (default smollm2-135m)")
+    parser.add_argument("--seed", type=int, help="where the study draws at random")
+
+
+def study(options: argparse.Namespace) -> int:
+    run = import_module(f"minivllm.lab.{STUDIES[options.what][0]}").study
+    given = {name: value for name in ("model", "seed") if (value := getattr(options, name)) is not None}
+    for name in given:
+        if name not in signature(run).parameters:
+            raise ConfigError(f"study {options.what} takes no --{name}; leave it out")
+    print(run(**given))
+    return OK
 
 
 def examine(options: argparse.Namespace) -> int:

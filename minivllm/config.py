@@ -76,6 +76,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # per layer: how many tokens a query sees, itself included; None: all
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    batch_invariant: bool = False  # a token's bits depend on no other token of the batch; CPU only, about 2x slower
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from minivllm.config import DTYPE_BYTES, DTYPES, ModelConfig
@@ -51,15 +52,19 @@ def host_blocks(swap_space: object, model: ModelConfig, block_size: int) -> int:
     return num_bytes // block_bytes(model, block_size)
 
 
-def read_model_config(source: ModelSource, dtype: str, device: str) -> ModelConfig:
-    """The model's shape in the dtype it will run in. Raises ModelError and ConfigError."""
+def read_model_config(source: ModelSource, dtype: str, device: str, batch_invariant: object) -> ModelConfig:
+    """The model's shape in the arithmetic it will run in. Raises ModelError and ConfigError."""
+    if not isinstance(batch_invariant, bool):
+        raise ConfigError(f"batch_invariant must be True or False, not {batch_invariant!r}")
+    if batch_invariant and device != "cpu":
+        raise ConfigError("batch_invariant is for the CPU: use device='cpu' or leave it out")
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     config = {**source.config, "dtype": choose_dtype(device) if dtype == "auto" else dtype}
     generation = (source.folder or Path()) / "generation_config.json"
     if source.folder and generation.is_file():  # Llama 3 lists its ends of turn only there
         config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
-    return ModelConfig.from_json(config)
+    return replace(ModelConfig.from_json(config), batch_invariant=batch_invariant)
 
 
 def pool_size(

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "minivllm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
-FRONTS = ("views", "course", "serving", "bench")  # nobody but cli, notebooks and tests may know them
+FRONTS = ("views", "course", "serving", "bench", "lab")  # nobody but cli, notebooks and tests may know them
 
 FORBIDDEN = {
     "engine": ("torch", "transformers", "minivllm.runner", "minivllm.models", "minivllm.attention", "minivllm.llm"),
@@ -21,7 +21,7 @@ FORBIDDEN = {
     "course": ("minivllm.engine", "minivllm.runner"),
 }
 # An import that points down within the fronts: views -> course.
-ALLOWED_FRONTS = {"views": ("course",), "cli": FRONTS, "doctor": ()}
+ALLOWED_FRONTS = {"views": ("course",), "lab": ("course",), "bench": ("lab",), "cli": FRONTS, "doctor": ()}
 
 
 def imports_of(path: Path) -> Iterator[str]:

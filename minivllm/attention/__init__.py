@@ -47,6 +47,10 @@ Backend = Callable[[ModelConfig, ForwardBatch, "list[LayerKV]"], Attention]
 
 def choose_backend(device: str, config: ModelConfig) -> Backend:
     """Our Triton kernels on a GPU, for the head sizes they have; torch's own operators anywhere else."""
+    if config.batch_invariant:
+        from minivllm.attention.invariant_backend import InvariantAttention
+
+        return InvariantAttention
     if device.startswith("cuda") and find_spec("triton"):
         from minivllm_kernels.checks import HEAD_SIZES  # lazily: a CPU needs no triton
 

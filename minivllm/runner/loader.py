@@ -10,6 +10,7 @@ from torch import nn
 from minivllm.config import ModelConfig
 from minivllm.errors import ModelError
 from minivllm.models.llama import LlamaModel
+from minivllm.transforms.batch_invariant import make_batch_invariant
 from minivllm.transforms.prepack import can_prepack, prepack_linears
 
 # Our name for each Hugging Face name; the parts of a fused matrix come with their place in it.
@@ -43,6 +44,8 @@ def build_model(config: ModelConfig, weight_files: list[Path], seed: int, device
             _fill_with_noise(model, seed)
     if device == "cpu" and can_prepack(dtype):
         prepack_linears(model)
+    if config.batch_invariant:
+        make_batch_invariant(model)  # after packing: it wraps packed and plain linears alike
     return model
 
 
