@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tests.kernel_examples import EXAMPLES, Example
+from tests.kernel_handover import overtaken_loads
 from tests.wgmma_hazards import overwritten_registers
 
 NUM_WORKERS = 2
@@ -65,7 +66,7 @@ class Row:
     registers: int = 0
     stack_bytes: int = 0  # spilled registers live there
     shared_bytes: int = 0
-    num_hazards: int = 0  # instructions that write a register of a product under way
+    num_hazards: int = 0  # races that the compiler made: wgmma_hazards.py, kernel_handover.py
     seconds: float = 0.0
     programs_per_sm: int = 1
     allowed_stack_bytes: int = 0
@@ -84,7 +85,7 @@ def broken_bounds(row: Row) -> list[str]:
     if row.shared_bytes > gpu.program_shared_bytes:
         found.append(f"{row.shared_bytes} bytes of shared memory, at most {gpu.program_shared_bytes}")
     if row.num_hazards:
-        found.append(f"{row.num_hazards} instructions write registers of a product under way: wgmma_hazards.py")
+        found.append(f"{row.num_hazards} instructions race: wgmma_hazards.py, kernel_handover.py")
     fit = programs_that_fit(row)
     if fit < row.programs_per_sm:
         found.append(f"{fit} programs fit an SM, the configuration counts on {row.programs_per_sm}")
@@ -218,12 +219,12 @@ def compiled(index: int) -> Row:
         file.flush()
         usage = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = nvidia_tool("nvdisasm", "-c", file.name) if "wgmma" in kernel.asm["ptx"] else ""
+    hazards = overwritten_registers(sass) + overtaken_loads(kernel.asm["ptx"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return replace(
         launch.row, num_warps=kernel.metadata.num_warps, registers=int(found[1]), stack_bytes=int(found[2]),
-        shared_bytes=kernel.metadata.shared, num_hazards=len(overwritten_registers(sass)),
-        seconds=round(time.perf_counter() - started_s, 2),
+        shared_bytes=kernel.metadata.shared, num_hazards=len(hazards), seconds=round(time.perf_counter() - started_s),
     )  # fmt: skip
 
 

@@ -224,9 +224,9 @@ EXAMPLES = [
     *(Example(f"Gluon decode {k}", v) for k, v in GLUON_DECODES.items()),
     Example(
         "Gluon decode, three programs",
-        partial(decode_hopper, Paged(heads=(16, 8))),
+        partial(decode_hopper, Paged(heads=(16, 8), head_size=64)),
         "_hopper_decode_kernel",
-        partial(attention_configs.hopper_decode_config, 2, 1.0),
+        partial(attention_configs.hopper_decode_config, 2, 64, 1.0),
     ),
     *(
         Example(

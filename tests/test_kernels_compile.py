@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.compile_kernels import Row, broken_bounds, listing
+from tests.kernel_handover import overtaken_loads
 from tests.wgmma_hazards import overwritten_registers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def launched_kernels() -> Iterator[str]:
         ({"shared_bytes": 240_000, "programs_per_sm": 0}, "240000 bytes of shared memory, at most 232448"),
         ({"shared_bytes": 80_000}, "2 programs fit an SM, the configuration counts on 3"),
         ({"registers": 168, "num_warps": 8}, "1 programs fit an SM, the configuration counts on 3"),
-        ({"num_hazards": 2}, "2 instructions write registers of a product under way: wgmma_hazards.py"),
+        ({"num_hazards": 2}, "2 instructions race: wgmma_hazards.py, kernel_handover.py"),
         ({"error": "OutOfResources"}, "OutOfResources"),
     ],
 )
@@ -96,3 +97,10 @@ def test_a_write_to_a_product_under_way_is_found(written: str, num_found: int) -
 def test_a_write_after_the_wait_is_no_hazard() -> None:
     wait = "/*00f0*/   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
     assert overwritten_registers(LOOP.format(written="R61", wait=wait)) == []
+
+
+@pytest.mark.parametrize(("between", "num_found"), [("", 1), ("bar.sync 0, 128;", 0)])
+def test_a_store_that_may_overtake_a_load_where_workers_start_is_found(between: str, num_found: int) -> None:
+    load, store = "ld.shared.b32 %r236, [global_smem+70656];", "st.shared.v4.b32 [global_smem+70656], {%r9, %r8};"
+    lines = ["bar.sync 0, 128;", load, "div.s32 %r946, %r238, %r236;", between, store, "barrier.sync 1;"]
+    assert len(overtaken_loads("\n".join(lines))) == num_found

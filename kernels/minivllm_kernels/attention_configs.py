@@ -41,11 +41,16 @@ def decode_config(device: torch.device) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class HopperDecodeConfig:
-    """How `paged_decode_hopper` runs: a program's shared memory is a ring of tiles, of K and of V in turn."""
+    """How `paged_decode_hopper` runs: a program's shared memory is a ring of tiles, of K and of V in turn.
+
+    Where all shares start at once, rings of more than 64 to 96 kB an SM are slower: what is asked for beyond the
+    memory's speed only waits in line, and SMs with a short way to it get ahead of the others (NOTES.md).
+    """
 
     tile_bytes: int  # of K or of V, one entry of the ring: a multiple of 64 tokens
+    num_stages: int  # entries of the ring
     programs_per_sm: int
-    box_tokens: int  # that one copy fetches: large boxes are fewer copies, small ones end nearer to the last token
+    box_tokens: int = 32  # that one copy fetches: large boxes are fewer copies, small ones end nearer to the last token
     least_tiles: int = 4  # the shortest stretch worth a program: shorter ones cost more to merge than they save
     waves: int = 1  # shares for each program that fits: the hardware hands the later ones to whoever is free
 
@@ -53,15 +58,9 @@ class HopperDecodeConfig:
     def shares_per_sm(self) -> int:
         return self.programs_per_sm * self.waves
 
-    def tile_tokens(self, head_size: int) -> int:
-        """Keys of a tile of 16-bit floats."""
-        return self.tile_bytes // (2 * head_size)
-
-    def num_stages(self, head_size: int, heads: int) -> int:
-        """Entries of the ring: what two tiles of queries, one of weights, barriers and scratch leave free."""
-        free = 233_472 // self.programs_per_sm - 1024 - 2048  # an SM has 228 kB, the driver takes 1 kB a program
-        tile = self.tile_tokens(head_size)
-        return (free - 2 * heads * (2 * head_size + tile)) // self.tile_bytes
+    def tile_tokens(self, head_size: int, block_size: int) -> int:
+        """Keys of a tile of 16-bit floats; of 8 blocks at most, for the fetching warp holds their ids in registers."""
+        return min(self.tile_bytes // (2 * head_size), 8 * block_size)
 
     @property
     def registers(self) -> int:
@@ -71,17 +70,20 @@ class HopperDecodeConfig:
 
 HOPPER_DECODE_HEAD_SIZES = (64, 128)
 HOPPER_DECODE = {
-    "wide group": HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32),  # registers for all its heads
-    "many pairs": HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=32, waves=8),  # hardly one is cut
-    "few pairs": HopperDecodeConfig(tile_bytes=16384, programs_per_sm=3, box_tokens=64),
+    "wide group": HopperDecodeConfig(tile_bytes=16384, num_stages=2, programs_per_sm=2),  # registers for all its heads
+    "many pairs": HopperDecodeConfig(tile_bytes=32768, num_stages=3, programs_per_sm=2, waves=8),  # hardly one is cut
+    "few pairs": HopperDecodeConfig(tile_bytes=32768, num_stages=3, programs_per_sm=1, least_tiles=2),  # fewest parts
+    "narrow heads": HopperDecodeConfig(tile_bytes=16384, num_stages=2, programs_per_sm=3),  # few pairs of head size 64
 }
 
 
-def hopper_decode_config(group: int, pairs_per_sm: float) -> HopperDecodeConfig:
+def hopper_decode_config(group: int, head_size: int, pairs_per_sm: float) -> HopperDecodeConfig:
     """By the query heads of a KV head, and by the (request, KV head) pairs that each multiprocessor gets."""
     if group > 8:
         return HOPPER_DECODE["wide group"]
-    return HOPPER_DECODE["many pairs" if pairs_per_sm >= 16 else "few pairs"]
+    if pairs_per_sm >= 16:
+        return HOPPER_DECODE["many pairs"]
+    return HOPPER_DECODE["narrow heads" if head_size == 64 else "few pairs"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ PREFIX = {
         num_warps=4,
         num_stages=3,
         own=DECODE["hopper"],
-        stream=HopperDecodeConfig(tile_bytes=16384, programs_per_sm=2, box_tokens=64),
+        stream=HopperDecodeConfig(tile_bytes=16384, num_stages=5, programs_per_sm=1),  # beside a prefix program
         most_splits=2,
     ),
     "blackwell": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["blackwell"]),

@@ -17,6 +17,7 @@ Bytes per token and layer: 1152, read once for up to 64 heads. Operations: 2 * H
 
 import torch
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -170,6 +171,8 @@ def _hopper_mla_kernel(
     shared = (ring, queries, probs, full, empty, q_full, q_empty)
     target = (out_ptr, parts_ptr, lse_ptr, stride_out, stride_out_head, share_index, shares)
     fetched = (q_desc, rope_desc, cache_desc, table_ptr, stride_table)
+    # Triton 3.6 hands the parts over where the last sum passed between warps, and does not wait until all have read it.
+    tl.debug_barrier()
     # Registers: fetching needs few of those that a thread has at launch; the groups get what it hands over.
     if GROUPS == 1:
         gl.warp_specialize(

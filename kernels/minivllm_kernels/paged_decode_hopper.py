@@ -2,7 +2,7 @@
 
     fetching warp     K0 V0 K1 V1 | K0 V0 | K0 V0 K1 ...     over the borders of requests, see hopper_stream.py
                        \\  \\  \\        \\
-    shared memory     [a ring of 6 tiles of 16 kB, 2 programs an SM]     6 times what hides the memory's latency
+    shared memory     [a ring of 3 tiles of 32 kB]     three times what hides the memory's latency
                        |  |
     group of 4 warps  S' = K Q'   [tile keys, heads]   tensor cores read K from where it landed
                       P' = exp2(S' - peak)             one peak per head: a column
@@ -186,6 +186,8 @@ def _hopper_decode_kernel(
     barriers = (q_full, q_empty, full, empty)
     shared = ((queries, tiles, weights_buffer), barriers, lengths_ptrs, (scale * LOG2_E, soft_cap, window))
     workspace, strides = (parts_ptr, lse_ptr, arrivals_ptr), (stride_out, stride_out_pair, stride_out_head)
+    # Triton 3.6 hands the parts over where the last sum passed between warps, and does not wait until all have read it.
+    tl.debug_barrier()
     # Registers: 128 a thread at launch; fetching needs few and leaves the rest to the multiplying warps.
     gl.warp_specialize(
         [
@@ -229,8 +231,8 @@ def launch_stream(
     head_size, group, block_size = q.shape[2], arguments.shape["GROUP"], k_cache.shape[1]
     rows = max(8, triton.next_power_of_2(group))  # heads as columns of a product
     num_sms = num_multiprocessors(q.device)
-    config = config or hopper_decode_config(group, len(q) * k_cache.shape[2] / num_sms)
-    tile = config.tile_tokens(head_size)
+    config = config or hopper_decode_config(group, head_size, len(q) * k_cache.shape[2] / num_sms)
+    tile = config.tile_tokens(head_size, block_size)
     programs = config.shares_per_sm * num_sms
     workspace.require_room(2 * programs * group, head_size, programs)
     box = [1, 1, min(block_size, tile, config.box_tokens), BOX_COLUMNS.value]
@@ -241,7 +243,7 @@ def launch_stream(
         block_table, num_tokens, prefix_tokens, out, out_lse, workspace.parts, workspace.lse, workspace.arrivals,
         len(q), window or None, block_table.stride(0), *out_strides, arguments.scale, soft_cap or None,
         NUM_KV_HEADS=k_cache.shape[2], GROUP=group, COLS=head_size, BLOCK=block_size, TILE=tile,
-        STAGES=config.num_stages(head_size, rows), LEAST_TILES=config.least_tiles,
+        STAGES=config.num_stages, LEAST_TILES=config.least_tiles,
         BATCH=max(128, triton.next_power_of_2(len(q))), **arguments.merging,
         num_warps=4, maxnreg=config.registers,
     )  # fmt: skip

@@ -89,6 +89,8 @@ def _sample_kernel(
     row_ptr = logits_ptr + row * logits_stride  # int64: B * V passes 2**31
     tiles_ptr = partial_ptr + row * partial_stride  # largest logit and mass of each tile
     temperature = tl.load(temperatures_ptr + row)
+    # Read now, for the end: there nothing else would run beside it.
+    seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row).to(tl.int64)
     scale = 1.4426950408889634 / tl.maximum(temperature, 1e-5)
     floor = tl.load(floors_ptr + row) if HAS_FLOORS else 0.0
     # A warp's 16-byte loads take RUN tokens; runs are so ordered that those of a tile fall to one warp.
@@ -105,7 +107,6 @@ def _sample_kernel(
         tl.store(tiles_ptr + pair, tl.join(largest, mass), pair < 2 * num_tiles)
     tl.debug_barrier()  # every warp has stored its tiles before one thread says so
     if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == splits - 1:
-        seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row).to(tl.int64)
         token = _pick(row_ptr, tiles_ptr, seed, position, scale, floor, temperature == 0, V, HAS_FLOORS, PADDED_TILES)
         tl.store(out_ptr + row, token)
         tl.store(arrivals_ptr + row, 0)  # ready for the next launch

@@ -147,7 +147,7 @@ def _cut(inputs: tuple[torch.Tensor, ...], num_groups: int, max_own_tokens: int,
     if stream is None or decode_obstacle(q, k_cache, v_cache) is not None:
         num_slots = num_splits + triton.cdiv(max_own_tokens, config.own_split_tokens)
         return _Cuts(row_tiles, Chunking(config.own_split_tokens, num_slots, num_splits, prefix_tile=1), None, 0)
-    tile = stream.tile_tokens(q.shape[2])
+    tile = stream.tile_tokens(q.shape[2], k_cache.shape[1])
     split_tokens = max_own_tokens + tile  # more than any request has behind its rounded prefix
     chunking = Chunking(split_tokens, num_splits + 1, num_splits, prefix_tile=tile)
     return _Cuts(row_tiles, chunking, stream, stream.shares_per_sm * num_sms)

@@ -262,9 +262,11 @@ def merge_chunks(
     chunking: Chunking,
 ) -> None:
     """Merge each request's parts in order: the result does not depend on who stored them when."""
+    is_short = chunking.num_slots <= 4  # one warp: what counts is latency
     merge_kernel[(inputs[1].shape[2], len(out))](
         inputs[4], prefix_tokens, out, workspace.parts, workspace.lse, chunking.split_tokens, chunking.num_slots,
         chunking.first_slot, arguments.numbers[2], out.stride(0), out.stride(1), PREFIX_TILE=chunking.prefix_tile,
         HAS_WINDOW=arguments.reading["HAS_WINDOW"], **arguments.shape,
-        MERGE_ROWS=arguments.merging["MERGE_ROWS"], PARTS=min(8, arguments.merging["PARTS"]), num_warps=2,
+        MERGE_ROWS=arguments.merging["MERGE_ROWS"], PARTS=min(4 if is_short else 8, arguments.merging["PARTS"]),
+        num_warps=1 if is_short else 2,
     )  # fmt: skip
