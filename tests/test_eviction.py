@@ -29,10 +29,12 @@ class Pool:
         self.num_uses = 0
 
     def slow_victim(self) -> Block:
-        """Sort all idle leaves; where there is none, all idle blocks."""
-        idle = [block for block in self.blocks if block.entry and block.ref_count == 0]
+        """Sort all idle leaves; where there is none, the youngest idle block."""
+        idle = {block: block.entry.serial for block in self.blocks if block.entry and block.ref_count == 0}
         leaves = [block for block in idle if self.cache.is_leaf(block)]
-        return min(leaves or idle, key=lambda b: (*POLICIES[self.policy](b), -(b.entry.serial if b.entry else 0)))
+        if not leaves:
+            return max(idle, key=lambda block: idle[block])
+        return min(leaves, key=lambda block: (*POLICIES[self.policy](block), -idle[block]))
 
     def start(self, request: Request) -> tuple[list[Block], int] | None:
         """Adopt the whole blocks that are cached and take the others; None where they do not fit."""
@@ -196,42 +198,37 @@ def test_equal_keys_lose_the_youngest_first() -> None:
 
 def test_block_that_is_used_again_is_no_victim() -> None:
     pool = Pool(RadixCache(1), 1, "lru", 2)
-    old, new = cached(pool, last_used=1), cached(pool, last_used=2)
-    pool.share(old)
-    assert pool.eviction.victim() is new
+    pool.share(cached(pool, last_used=1))
+    assert cached(pool, last_used=2) is pool.eviction.victim()
 
 
-def test_nothing_idle_gives_no_victim() -> None:
+def test_block_in_use_is_neither_added_nor_a_victim() -> None:
     pool = Pool(RadixCache(1), 1, "lru", 1)
     pool.share(cached(pool, last_used=1))
+    with pytest.raises(AssertionError, match="in use"):
+        pool.eviction.add(pool.blocks[0])
     with pytest.raises(AssertionError, match="no cached block is idle"):
         pool.eviction.victim()
 
 
-def test_block_in_use_cannot_be_added() -> None:
-    pool = Pool(RadixCache(1), 1, "lru", 1)
-    block = cached(pool, last_used=1)
-    pool.share(block)
-    with pytest.raises(AssertionError, match="in use"):
-        pool.eviction.add(block)
-
-
-def test_idle_start_of_a_chain_goes_when_a_duplicate_hides_that_it_is_used() -> None:
-    pool = Pool(HashChainCache(1), 1, "lru", 3)
-    first, second = make_request([5], 1), make_request([5, 6], 1)
+def test_youngest_goes_when_duplicates_hide_that_a_chain_is_used_and_then_the_one_before_it() -> None:
+    pool = Pool(HashChainCache(1), 1, "lru", 5)
+    first, second = make_request([5, 6], 1), make_request([5, 6, 7], 1)
     tables = [started[0] for started in (pool.start(first), pool.start(second)) if started]
     pool.publish(first, tables[0])
-    pool.publish(second, tables[1])  # its first block is a duplicate, its second continues that of `first`
+    pool.publish(second, tables[1])  # its 7 stands behind the 6 of `first`, of which it owns a duplicate
     pool.finish(tables[0])
-    assert pool.eviction.victim() is tables[0][0] and not pool.cache.is_leaf(tables[0][0])
+    assert pool.take() is tables[0][1]
+    pool.finish(tables[1])
+    assert order(pool) == [0, 4]
 
 
 def test_heap_stays_as_small_as_what_is_idle() -> None:
-    pool = Pool(RadixCache(1), 1, "lru", 8)
-    for request in [make_request([token, token], 1) for token in (1, 2, 3)] * 200:
-        pool.serve(request)
-    assert len(pool.eviction._heap) <= 2 * 6 + 65
-    assert order(pool) == [1, 0, 3, 2, 5, 4]
+    for num_served in range(60, 76):  # somewhere between it is rebuilt
+        pool = Pool(RadixCache(1), 1, "fifo", 4)
+        for token_ids in [[1, 2]] + [[3, 4]] * num_served:
+            pool.serve(make_request(token_ids, 1))
+        assert len(pool.eviction._heap) <= 2 * 4 + 65 and order(pool) == [1, 0, 3, 2]
 
 
 def test_copy_goes_its_own_way() -> None:

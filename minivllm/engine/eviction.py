@@ -68,15 +68,15 @@ class Eviction:
     def remove(self, block: Block) -> None:
         """A cached block has an owner again, or is about to lose its contents: call it before `cache.evict`."""
         self._idle.discard(_entry(block).serial)
-        parent = self.cache.parent_of(block) if self.cache.is_leaf(block) else None
+        parent = self.cache.parent_of(block)
         if parent is not None and _entry(parent).serial in self._idle:
-            self._push(parent)  # a leaf as soon as this block's contents are gone
+            self._push(parent)  # it may be a leaf as soon as this block's contents are gone
 
     def victim(self) -> Block:
         """The idle leaf with the smallest key; it stays idle until `remove`. O(log n) amortised.
 
         There may be none though blocks are idle: in a hash chain a request may continue a cached block and own but a
-        duplicate of it. Then the smallest of all idle blocks goes (O(n)), and what is behind it can no longer be found.
+        duplicate of it. Then the youngest goes (O(n)): what is behind it is in use, and can no longer be found.
         """
         while self._heap:
             block = self.cache.holder(-self._heap[0][-1])
@@ -84,7 +84,7 @@ class Eviction:
                 return block
             heappop(self._heap)
         assert self._idle, "no cached block is idle"
-        return min(self._idle_blocks(), key=self._item)
+        return max(self._idle_blocks(), key=lambda block: _entry(block).serial)
 
     def _is_current(self, block: Block, item: Item) -> bool:
         return _entry(block).serial in self._idle and self._item(block) == item and self.cache.is_leaf(block)

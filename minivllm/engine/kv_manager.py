@@ -85,6 +85,7 @@ class KVManager:
         for block in hit.blocks:
             block.num_hits += 1
             self.share(block)
+            block.priority = min(block.priority, request.priority)
         request.block_ids = [block.id for block in hit.blocks]
         request.num_computed = hit.num_tokens
         request.num_published = hit.num_tokens // self.block_size
@@ -204,10 +205,8 @@ class KVManager:
         """Forget every cached prefix; False, and nothing changed, while any block is in use."""
         if self.pool.num_free < self.pool.num_usable:
             return False
-        while any(block.entry is not None for block in self.pool.blocks):
-            for block in self.pool.blocks:
-                if block.entry is not None and (self.cache.is_leaf(block) or self.eviction is None):
-                    self._evict(block)
+        for block in [block for block in self.pool.blocks if block.entry is not None]:
+            self._evict(block if self.eviction is None else self.eviction.victim())
         return True
 
     def _writes_to_shared(self, request: Request) -> bool:
@@ -230,7 +229,8 @@ class KVManager:
         fresh_ids = self.take(request, num_missing)
         request.block_ids.extend(fresh_ids)
         self._taken_ids.extend(fresh_ids)
-        self.events.emit(BlocksTaken(self.step, request.id, tuple(fresh_ids)))
+        if self.events:  # a step may do this for hundreds of requests
+            self.events.emit(BlocksTaken(self.step, request.id, tuple(fresh_ids)))
 
     def _exchange(self, request: Request, index: int, holder: Block | None) -> None:
         """Let the table name the cached block instead of a duplicate of it."""
@@ -238,6 +238,7 @@ class KVManager:
         if holder is None or holder is duplicate:
             return
         self.share(holder)
+        holder.priority = min(holder.priority, request.priority)
         request.block_ids[index] = holder.id
         self.events.emit(BlockExchanged(self.step, request.id, duplicate.id, holder.id))
         self.let_go(duplicate)
