@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from minivllm.errors import MiniVLLMError
     from minivllm.llm import LLM
     from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
@@ -14,11 +15,17 @@ if TYPE_CHECKING:
     from minivllm.serving.async_engine import AsyncEngine
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "Logprob", "MiniVLLMError", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM", "AsyncEngine", "BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "CompletionOutput", "Logprob",
+    "MiniVLLMError", "RequestOutput", "SamplingParams",
+]  # fmt: skip
 
 _HOME = {
     "LLM": "minivllm.llm",
     "AsyncEngine": "minivllm.serving.async_engine",
+    "BeamSearchOutput": "minivllm.beam_search",
+    "BeamSearchParams": "minivllm.beam_search",
+    "BeamSearchSequence": "minivllm.beam_search",
     "CompletionOutput": "minivllm.outputs",
     "Logprob": "minivllm.outputs",
     "MiniVLLMError": "minivllm.errors",

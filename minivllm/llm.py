@@ -1,14 +1,18 @@
 """LLM: load a model, give it prompts, get text; vLLM's names throughout."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Unpack
 
 import torch
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
+from minivllm.arguments import Params, as_list, per_prompt
+from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, search_all
+from minivllm.chat_template import apply_template
 from minivllm.config import require_integers
 from minivllm.defaults import (
     engine_config,
@@ -30,12 +34,12 @@ from minivllm.runner.device import choose_device
 from minivllm.runner.kv_storage import KVStorage, block_bytes
 from minivllm.runner.loader import build_model
 from minivllm.runner.model_runner import ModelRunner
-from minivllm.text_engine import Checked, Generation, Prompt, TextEngine, require_unicode
+from minivllm.text_engine import Checked, Generation, Prompt, TextEngine
 from minivllm.trace import Trace
 from minivllm.weights import find_model
 
 Message = Mapping[str, str]
-Params = SamplingParams | Sequence[SamplingParams] | None
+LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
 
 
 class LLM:
@@ -43,8 +47,8 @@ class LLM:
 
     `model` is an alias (smollm2-135m), a folder, a Hugging Face id, or with load_format="dummy" a built-in config.
     `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright, `swap_space` GiB of host memory
-    for preemption by swap. The policies are fields of EngineConfig: enable_prefix_caching, batching, allocator ...
-    Raises ModelError and ConfigError, one line each.
+    for preemption by swap; `batch_invariant` makes every bit of an answer independent of the batch (CPU). The policies
+    are fields of EngineConfig: batching, allocator ... Raises ModelError and ConfigError, one line each.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class LLM:
         model: str | Path = "smollm2-135m",
         *,
         dtype: str | torch.dtype = "auto",
+        batch_invariant: bool = False,
         max_model_len: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -65,12 +70,12 @@ class LLM:
     ) -> None:
         refuse_unknown(policies, LLM.__init__)
         sizes = {"max_model_len": max_model_len, "num_blocks": num_blocks, "kv_cache_memory": kv_cache_memory}
-        budget = policies.get("max_num_batched_tokens")
-        require_integers(**sizes, block_size=block_size, max_num_batched_tokens=budget, seed=seed)
+        require_integers(**sizes, block_size=block_size, seed=seed)
         source = find_model(model, load_format, show_progress)
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
-        self.model_config = read_model_config(source, str(dtype).removeprefix("torch."), self.device)
+        dtype = str(dtype).removeprefix("torch.")
+        self.model_config = read_model_config(source, dtype, self.device, batch_invariant)
         num_blocks = pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
         max_model_len = longest_request(self.model_config, max_model_len, (num_blocks - 1) * block_size)
         config = engine_config(
@@ -110,10 +115,9 @@ class LLM:
         A prompt is a string, a list of token ids, or a dict with `prompt` or `prompt_token_ids` (and `cache_salt`).
         Raises RequestError before anything runs when one of them cannot be served. Ctrl-C drops them all.
         """
-        many = _as_list(prompts)
-        checked = [self.text_engine.check(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
-        priority = [0] * len(many) if priority is None else priority
-        return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, priority)
+        checked = self._check_all(prompts)
+        priority = [0] * len(checked) if priority is None else priority
+        return self._run(checked, per_prompt(sampling_params, len(checked)), use_tqdm, priority)
 
     def chat(
         self,
@@ -125,18 +129,67 @@ class LLM:
         """Answer one conversation or many, put into the model's own chat template."""
         is_many = isinstance(messages, list | tuple) and not any(isinstance(m, Mapping) for m in messages)
         many = list(messages) if is_many else [messages]
-        checked = [self._apply_template(m, f"messages[{i}]", add_generation_prompt) for i, m in enumerate(many)]
-        return self._run(checked, _per_prompt(sampling_params, len(many)), use_tqdm, [0] * len(many))
+        template = partial(apply_template, self.get_tokenizer(), self.model)
+        checked = [template(given, f"messages[{i}]", add_generation_prompt) for i, given in enumerate(many)]
+        return self._run(checked, per_prompt(sampling_params, len(many)), use_tqdm, [0] * len(many))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield the growing result of one prompt after each of its tokens; leaving the loop drops the request."""
-        return self._stream(self.text_engine.check(prompt), *_per_prompt(sampling_params, 1))
+        return self._stream(self.text_engine.check(prompt), *per_prompt(sampling_params, 1))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Yield the growing answer to one conversation."""
-        return self._stream(self._apply_template(messages, "messages", True), *_per_prompt(sampling_params, 1))
+        prompt = apply_template(self.get_tokenizer(), self.model, messages, "messages")
+        return self._stream(prompt, *per_prompt(sampling_params, 1))
+
+    def fork(self, request_id: str, seed: int | None = None, index: int = 0) -> Iterator[RequestOutput]:
+        """Split sample `index` off a running stream: a stream of its own that begins with what the parent has now.
+
+        They share all blocks until one writes to the last; without a `seed` the fork gets one of its own. Raises
+        RequestError when no request of that id runs.
+        """
+        parent = self.text_engine.find(request_id)
+        if parent is None:
+            raise RequestError(f"fork: no request {request_id!r} runs here; take the request_id of a stream's output")
+        follow = self._follow(partial(self.text_engine.fork, parent, index, seed), num_shown=-1)
+        return chain([next(follow)], follow)  # begun here and now, so that dropping it drops the request
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Find the likeliest continuations of one prompt or many, as transformers' beam search does; best first.
+
+        `concurrency_limit` is how many prompts are searched at a time: by default as many as have a seat (max_num_seqs)
+        for each of their beams. Raises RequestError before anything runs; Ctrl-C drops them all.
+        """
+        return search_all(self.text_engine, self._check_all(prompts), params, use_tqdm, concurrency_limit)
+
+    def pin_prefix(self, prompt: Prompt, name: str | None = None) -> str:
+        """Keep the full blocks of `prompt` in the prefix cache, computing what is missing; returns the pin's name.
+
+        Raises RequestError for a name in use, less than one block, and when too little of the pool would be left.
+        """
+        checked, size = self.text_engine.check(prompt), self.config.block_size
+        if not self.config.enable_prefix_caching:
+            raise RequestError("pin_prefix: nothing is cached here; build the LLM with enable_prefix_caching=True")
+        if len(checked.token_ids) < size:
+            raise RequestError(f"pin_prefix: {len(checked.token_ids)} tokens do not fill a block of {size}; pin more")
+        with self.text_engine.lock:  # so that nobody evicts what was just computed
+            name = f"prefix {self.text_engine.new_id()}" if name is None else name
+            self._run([checked], [SamplingParams(temperature=0, max_tokens=1)], False, [0])
+            self.engine.pins.pin(name, checked.token_ids, checked.salt)
+        return name
+
+    def unpin_prefix(self, name: str) -> None:
+        """Let a pinned prefix go; it stays cached until it is evicted. Raises RequestError for an unknown name."""
+        with self.text_engine.lock:
+            self.engine.pins.unpin(name)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing changed, while requests hold blocks."""
@@ -159,6 +212,7 @@ class LLM:
         return {
             "model": self.model,
             "dtype": model.dtype,
+            "batch_invariant": model.batch_invariant,
             "device": self.device,
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
@@ -166,13 +220,13 @@ class LLM:
             "num_layers": model.num_layers,
             "num_kv_heads": model.num_kv_heads,
             "head_size": model.head_size,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-            "max_model_len": config.max_model_len,
-            **{name: getattr(config, name) for name in CHOICES},
+            **{name: getattr(config, name) for name in (*LIMITS, *CHOICES)},
             "live": "recorded",
             **provenance(self.seed),
         }
+
+    def _check_all(self, prompts: Prompt | Sequence[Prompt]) -> list[Checked]:
+        return [self.text_engine.check(prompt, f"prompts[{i}]") for i, prompt in enumerate(as_list(prompts))]
 
     def _run(
         self, prompts: list[Checked], params: list[SamplingParams], use_tqdm: bool, priority: Sequence[int]
@@ -196,59 +250,28 @@ class LLM:
         return [self.text_engine.result(generation) for generation in generations]
 
     def _stream(self, prompt: Checked, params: SamplingParams) -> Iterator[RequestOutput]:
-        generation, num_shown, is_last = None, 0, False
+        return self._follow(partial(self.text_engine.add, prompt, params))
+
+    def _follow(self, begin: Callable[[], Generation], num_shown: int = 0) -> Iterator[RequestOutput]:
+        """Yield a request's result whenever it has more than `num_shown` tokens; leaving the loop drops it."""
+        generation = None
         try:
             with held_interrupts():
-                generation = self.text_engine.add(prompt, params)
-            while not is_last:
+                generation = begin()
+            while True:
+                output = self.text_engine.result(generation)
+                num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
+                if num_tokens > num_shown or output.finished:
+                    num_shown = num_tokens
+                    yield output
+                if output.finished:
+                    return
                 with held_interrupts():
                     if not generation.is_finished:  # another thread may have stepped it to its end
                         self.text_engine.step()
-                    output = self.text_engine.result(generation)
-                num_tokens, is_last = sum(len(sample.token_ids) for sample in output.outputs), output.finished
-                if num_tokens > num_shown or is_last:
-                    num_shown = num_tokens
-                    yield output
         finally:
             if generation and not generation.is_finished:
                 self.text_engine.abort(generation)
-
-    def _apply_template(self, messages: object, where: str, add_generation_prompt: bool) -> Checked:
-        tokenizer = self.get_tokenizer()
-        if not getattr(tokenizer, "chat_template", None):
-            raise RequestError(f"{where}: the model {self.model} has no chat template; use generate with plain text")
-        if not isinstance(messages, Sequence) or not messages or not all(_is_message(m) for m in messages):
-            raise RequestError(f"{where}: must be a non-empty list of dicts with the strings 'role' and 'content'")
-        try:
-            text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]  # checked above
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:  # templates refuse orders of roles they do not know
-            raise RequestError(f"{where}: the chat template says: {' '.join(str(error).split())}") from error
-        require_unicode(text, where)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[call-arg]  # the template has them
-        return Checked(text, token_ids)
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many: a list of integers is one."""
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
-        return [prompts]
-    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[arg-type, list-item]
-
-
-def _per_prompt(params: Params, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if isinstance(params, Sequence) and all(isinstance(p, SamplingParams) for p in params):
-        if len(params) == num_prompts:
-            return list(params)
-        raise RequestError(f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one or as many")
-    raise RequestError(f"sampling_params must be SamplingParams or a list of them, not {type(params).__name__}")
 
 
 def _show_progress(bar: tqdm, generations: list[Generation]) -> None:

@@ -1,6 +1,7 @@
 """What a user gets back, under vLLM's names; and how tokens become text while they are still coming."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -98,6 +99,12 @@ class Detokenizer:
         self._prefix, self._read = self._read, len(self._token_ids)
         return self._cut_at_stop(searched) if self.num_unsearched < 0 else None
 
+    def fork(self) -> "Detokenizer":
+        """The same text so far, and a way of its own from here."""
+        twin = copy(self)
+        twin._token_ids = list(self._token_ids)
+        return twin
+
     @property
     def shown_text(self) -> str:
         """Text without a tail that may yet turn out to be the start of a stop string."""
@@ -130,6 +137,10 @@ class Sample:
     detokenizer: Detokenizer | None
     num_seen: int = 0  # output tokens that went to the detokenizer
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def fork(self, request: Request) -> "Sample":
+        """What is known of this sample goes for `request` too, which was forked off its request."""
+        return Sample(request, self.detokenizer and self.detokenizer.fork(), self.num_seen, list(self.logprobs))
 
     def find_stop(self) -> str | None:
         """The stop string that the tokens since the last call completed, if any."""

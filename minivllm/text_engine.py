@@ -3,14 +3,16 @@
 Any thread may add, step or abort; a lock lets in one at a time. Every step advances the requests of all of them.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Protocol
 
+from minivllm.config import require_integers
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import TokenLogprobs
 from minivllm.errors import RequestError
+from minivllm.fair_lock import FairLock
 from minivllm.interrupts import held_interrupts
 from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs
 from minivllm.request import Request, SamplingParams
@@ -65,26 +67,11 @@ class Generation:
         )
 
 
-class FairLock:
-    """A reentrant lock: who lets go and comes straight back, as a thread that steps does, queues behind who waits."""
+class Steerer(Protocol):
+    """Chooses the tokens of its requests itself; called inside a step, under the lock."""
 
-    def __init__(self) -> None:
-        self._turnstile, self._lock = threading.Lock(), threading.Lock()
-        self._owner: int | None = None  # ident of the thread inside
-        self._depth = 0
-
-    def __enter__(self) -> None:
-        if self._owner != threading.get_ident():
-            with self._turnstile:
-                self._lock.acquire()
-            self._owner = threading.get_ident()
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._owner = None
-            self._lock.release()
+    def take(self, request: Request, judged: TokenLogprobs) -> None: ...
+    def fail(self, error: Exception) -> None: ...
 
 
 class TextEngine:
@@ -97,6 +84,7 @@ class TextEngine:
         self.vocab_size = vocab_size
         self.seed = seed
         self.lock = FairLock()
+        self.steerers: dict[str, Steerer] = {}  # by the id of each request they steer
         self._generations: dict[str, Generation] = {}  # by the id of each sample's request
         self._numbers = count()
 
@@ -130,13 +118,37 @@ class TextEngine:
         with self.lock:
             number = next(self._numbers)
             request_id = str(number) if request_id is None else request_id
-            seed = params.seed if params.seed is not None else self.seed * 1_000_003 + number * 1_009
+            seed = params.seed if params.seed is not None else self._seed_of(number)
             samples = [self._sample(request_id, index, prompt, params, seed, priority) for index in range(params.n)]
             generation = Generation(request_id, prompt, samples, self.tokenizer, on_update)
             samples[0].request.pending_forks = [sample.request for sample in samples[1:]]  # the prompt is computed once
             self.engine.add(samples[0].request)
             self._generations.update({sample.request.id: generation for sample in samples})
             return generation
+
+    def fork(
+        self,
+        generation: Generation,
+        index: int = 0,
+        seed: int | None = None,
+        request_id: str | None = None,
+        on_update: Callable[[Generation], None] | None = None,
+    ) -> Generation:
+        """Split off sample `index` as a request of its own, in any state: the same tokens and text so far, all blocks.
+
+        Without a `seed` it gets a fresh one; greedy forks never part. Raises RequestError when the sample has ended.
+        """
+        require_integers(index=index, seed=seed)
+        with self.lock:
+            if not 0 <= index < len(generation.samples):
+                raise RequestError(f"fork: sample {index} is not one of the {len(generation.samples)} there are")
+            sample, number = generation.samples[index], next(self._numbers)
+            request_id = str(number) if request_id is None else request_id
+            request = self.engine.fork(sample.request.id, request_id, self._seed_of(number) if seed is None else seed)
+            child = Generation(request_id, generation.prompt, [sample.fork(request)], self.tokenizer, on_update)
+            child.prompt_logprobs.extend(generation.prompt_logprobs)
+            self._generations[request_id] = child
+            return child
 
     def step(self) -> None:
         """Advance the engine one step and bring every touched generation up to date.
@@ -155,15 +167,17 @@ class TextEngine:
             for request_id, (first, judged) in result.prompt_logprobs.items():
                 known = self._generations[request_id].prompt_logprobs
                 known.extend(judged[max(0, len(known) - first) :])  # a recomputed prompt is judged again
-            touched = list(dict.fromkeys(self._generations[request.id] for request in advanced))
             for request in advanced:
-                generation = self._generations[request.id]
+                if request.is_steered:
+                    self.steerers[request.id].take(request, result.logprobs[request.id][0])
+            touched = {request: self._generations[request.id] for request in advanced if not request.is_steered}
+            for request, generation in touched.items():
                 sample = next(s for s in generation.samples if s.request is request)
                 sample.logprobs.extend(result.logprobs.get(request.id, ()))
                 stop = sample.find_stop()
                 if stop is not None:
                     self._end_at_stop_string(request, stop)
-            for generation in touched:  # once each, however many of its samples got a token
+            for generation in dict.fromkeys(touched.values()):  # once each, however many of its samples got a token
                 self._settle(generation)
 
     def abort(self, generation: Generation) -> None:
@@ -175,10 +189,14 @@ class TextEngine:
 
     def end(self, request_id: str) -> bool:
         """Abort by the id of a request; False when none of that id is here."""
-        generation = next((g for g in list(self._generations.values()) if g.request_id == request_id), None)
+        generation = self.find(request_id)
         if generation is not None:
             self.abort(generation)
         return generation is not None
+
+    def find(self, request_id: str) -> Generation | None:
+        """The request of that id, while it is here."""
+        return next((g for g in list(self._generations.values()) if g.request_id == request_id), None)
 
     def result(self, generation: Generation) -> RequestOutput:
         """How a request stands. Raises the error that ended it, if one did."""
@@ -186,6 +204,10 @@ class TextEngine:
             if generation.error:
                 raise generation.error
             return generation.output()
+
+    def new_id(self) -> str:
+        """A number that no request was given before."""
+        return str(next(self._numbers))
 
     @property
     def has_work(self) -> bool:
@@ -239,10 +261,17 @@ class TextEngine:
 
     def _drop_failed(self, error: Exception) -> None:
         """Tell the owners of what the engine dropped when the step failed; all is lost when it never came to a run."""
-        dropped = self._generations.keys() - self.engine.requests.keys() or self._generations.keys()
-        for generation in {self._generations[request_id] for request_id in dropped}:
+        owned = self._generations.keys() | self.steerers.keys()
+        dropped = owned - self.engine.requests.keys() or owned
+        for generation in {self._generations[id_] for id_ in dropped & self._generations.keys()}:
             generation.error = error
             self.abort(generation)
+        for steerer in {self.steerers[id_] for id_ in dropped & self.steerers.keys()}:
+            steerer.fail(error)
+
+    def _seed_of(self, number: int) -> int:
+        """A seed of its own for each request that was given none."""
+        return self.seed * 1_000_003 + number * 1_009
 
 
 def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:

@@ -9,36 +9,24 @@ import pytest
 from transformers import PreTrainedModel
 
 from minivllm.bench import engine as bench
-from minivllm.bench.table import (
-    BEGIN,
-    END,
-    KERNEL_BEGIN,
-    KERNEL_END,
-    KERNEL_RESULTS,
-    RESULTS,
-    kernel_table,
-    table,
-)
+from minivllm.bench import policies
+from minivllm.bench.table import KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
 from minivllm.errors import ConfigError
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_readme_shows_the_committed_figures() -> None:
-    text = README.read_text()
-    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == table()
+def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
+    rewritten = tmp_path / "README.md"
+    rewritten.write_text(README.read_text())
+    write_into(rewritten)
+    assert rewritten.read_text() == README.read_text()
 
 
-@pytest.mark.skipif(not KERNEL_RESULTS.exists(), reason="not measured yet")
-def test_readme_shows_the_committed_kernel_figures() -> None:
-    text = README.read_text()
-    shown = text[text.index(KERNEL_BEGIN) + len(KERNEL_BEGIN) : text.index(KERNEL_END)]
-    assert shown == kernel_table()
-
-
-def test_result_file_names_machine_commit_seed_and_command() -> None:
-    facts = json.loads(RESULTS.read_text())["provenance"]
+@pytest.mark.parametrize("results", [RESULTS, POLICY_RESULTS, KERNEL_RESULTS], ids=lambda path: path.stem)
+def test_result_file_names_machine_commit_seed_and_command(results: Path) -> None:
+    facts = json.loads(results.read_text())["provenance"]
     assert all(str(facts[name]) for name in ("machine", "commit", "seed", "command", "torch", "transformers"))
     assert "dirty" not in facts["commit"]
 
@@ -60,3 +48,19 @@ def test_every_part_runs_on_a_tiny_model(reference_model: Build, monkeypatch: py
     # Names, not values: on so small a model a busy machine makes any difference of two times noise, even negative.
     assert all({"ours", "generate", "continuous", "ours / generate"} <= row.keys() for row in rows[:2])
     assert {"cold", "warm", "warm / cold"} <= rows[2].keys()
+
+
+def test_policy_costs_are_measured_on_a_tiny_model(reference_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = reference_model("llama-gqa")
+    monkeypatch.setattr(policies, "NUM_RUNNING", 8)
+    monkeypatch.setattr(policies, "CONTEXTS", (32,))
+    monkeypatch.setattr(policies, "VOCAB", range(7, 300))
+    args = argparse.Namespace(model=str(folder), dtype="float32", repeats=1, seed=0)
+    rows = [row for part in ("schedule", "cache", "preemption") for row in policies.PARTS[part](args)]
+    assert [row["unit"] for row in rows] == ["ms", "ms", "ms", "share; step in ms", "ms"]
+    assert {"swap out", "swap in", "recompute", "swap / recompute"} <= rows[-1].keys()
+
+
+def test_unknown_part_of_the_policies_gets_one_line() -> None:
+    with pytest.raises(ConfigError, match="--parts: 'nonsense' is not one of schedule, radix, cache, preemption"):
+        policies.main(["--parts", "nonsense"])

@@ -25,6 +25,7 @@ from minivllm.request import Request, SamplingParams
 
 Row = dict[str, object]
 NUM_RUNNING = 512
+VOCAB = range(100, 40_000)
 CONTEXTS = (128, 512, 1024)  # tokens of the request that is preempted
 
 
@@ -101,7 +102,7 @@ def bench_radix(args: argparse.Namespace) -> list[Row]:
 def bench_cache(args: argparse.Namespace) -> list[Row]:
     """What a prefix cache costs where nothing is shared: the engine's own time, as a share of the whole step."""
     random = Random(args.seed)
-    prompts = [[random.randint(100, 40_000) for _ in range(random.randint(64, 192))] for _ in range(16)]
+    prompts = [[random.choice(VOCAB) for _ in range(random.randint(64, 192))] for _ in range(16)]
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, detokenize=False)
     own_ms: dict[str, list[float]] = {"off": [], "hash": [], "radix": []}
     whole_ms: list[float] = []
@@ -130,9 +131,9 @@ def bench_cache(args: argparse.Namespace) -> list[Row]:
 def bench_preemption(args: argparse.Namespace) -> list[Row]:
     """A preempted request's way back: its blocks out and in again, beside computing its tokens once more."""
     llm = LLM(args.model, dtype=args.dtype, preemption_mode="swap", swap_space=0.25, enable_prefix_caching=False)
-    params, rows = SamplingParams(temperature=0, max_tokens=1), list[Row]()
+    params, random, rows = SamplingParams(temperature=0, max_tokens=1), Random(args.seed), list[Row]()
     for num_tokens in CONTEXTS:
-        prompt = [Random(args.seed).randint(100, 40_000) for _ in range(num_tokens)]
+        prompt = [random.choice(VOCAB) for _ in range(num_tokens)]
         ids = range(1, 1 + -(-num_tokens // llm.config.block_size))
         moves = {
             move: [Transfer(move, block_id, block_id) for block_id in ids] for move in (Move.SWAP_OUT, Move.SWAP_IN)

@@ -1,11 +1,12 @@
-"""The README's tables of figures, made from the committed result files: `python -m minivllm.bench.table [kernels]`."""
+"""The README's tables of figures, made from committed result files: `python -m minivllm.bench.table` writes them."""
 
 import json
-import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results") / "engine_cpu.json"
 BEGIN, END = "<!-- benchmark table: begin -->\n", "<!-- benchmark table: end -->"
+POLICY_RESULTS = Path(__file__).with_name("results") / "policies_cpu.json"
+POLICY_BEGIN, POLICY_END = "<!-- policy table: begin -->\n", "<!-- policy table: end -->"
 KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
 KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
 LABELS = {"what", "unit"}
@@ -45,5 +46,18 @@ def kernel_table(path: Path = KERNEL_RESULTS) -> str:
     return "\n".join(lines) + "\n" + source
 
 
+def write_into(readme: Path) -> None:
+    """Put every table into its place between two comments."""
+    text = readme.read_text()
+    for begin, end, made in (
+        (BEGIN, END, table()),
+        (POLICY_BEGIN, POLICY_END, table(POLICY_RESULTS)),
+        (KERNEL_BEGIN, KERNEL_END, kernel_table()),
+    ):
+        head, rest = text.split(begin)
+        text = head + begin + made + end + rest.split(end, 1)[1]
+    readme.write_text(text)
+
+
 if __name__ == "__main__":
-    print(kernel_table() if "kernels" in sys.argv[1:] else table())
+    write_into(Path(__file__).parents[2] / "README.md")

@@ -6,7 +6,8 @@ interrupted cell, a forgotten engine or a restarted kernel leaves no thread behi
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from queue import SimpleQueue
 
 from minivllm.errors import RequestError
@@ -58,6 +59,15 @@ class Stream:
             self._next(timeout_s)
         return self._latest
 
+    def fork(self, seed: int | None = None, index: int = 0, request_id: str | None = None) -> "Stream":
+        """Split sample `index` off: a stream of its own that begins with what this one has now and shares its blocks.
+
+        Without a `seed` it gets one of its own. Raises RequestError when the request has finished.
+        """
+        assert self.generation is not None
+        split = self._owner.llm.text_engine.fork
+        return self._owner._begin(partial(split, self.generation, index, seed, request_id))
+
     def abort(self) -> None:
         """Drop the request; does nothing when it is finished."""
         assert self.generation is not None
@@ -103,24 +113,9 @@ class AsyncEngine:
         request_id: str | None = None,
     ) -> Stream:
         """Queue a prompt and return at once. Raises RequestError when it cannot be served."""
-        text_engine, stream = self.llm.text_engine, Stream(self)
-        checked = text_engine.check(prompt)
+        checked = self.llm.text_engine.check(prompt)
         params = SamplingParams() if params is None else params
-        try:
-            with held_interrupts(), self._guard:
-                if self._is_closed:
-                    raise RequestError("this AsyncEngine is closed: make a new one")
-                stream.generation = text_engine.add(checked, params, priority, request_id, on_update=stream._push)
-                self._streams = {id_: s for id_, s in self._streams.items() if not s.is_finished}
-                self._streams[stream.request_id] = stream
-                if self._worker is None:
-                    self._worker = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
-                    self._worker.start()
-        except KeyboardInterrupt:
-            if stream.generation is not None:
-                stream.abort()  # nobody will hold the stream
-            raise
-        return stream
+        return self._begin(partial(self.llm.text_engine.add, checked, params, priority, request_id))
 
     def abort(self, request_id: str) -> bool:
         """Drop a request by its id; False when it is unknown or finished."""
@@ -139,6 +134,25 @@ class AsyncEngine:
             stream.abort()
         if worker is not None:
             worker.join()
+
+    def _begin(self, begin: Callable[..., Generation]) -> Stream:
+        """A stream of the request that `begin` makes; the worker starts if it is not there."""
+        stream = Stream(self)
+        try:
+            with held_interrupts(), self._guard:
+                if self._is_closed:
+                    raise RequestError("this AsyncEngine is closed: make a new one")
+                stream.generation = begin(on_update=stream._push)
+                self._streams = {id_: s for id_, s in self._streams.items() if not s.is_finished}
+                self._streams[stream.request_id] = stream
+                if self._worker is None:
+                    self._worker = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
+                    self._worker.start()
+        except KeyboardInterrupt:
+            if stream.generation is not None:
+                stream.abort()  # nobody will hold the stream
+            raise
+        return stream
 
     def _run(self) -> None:
         text_engine = self.llm.text_engine
