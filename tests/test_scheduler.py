@@ -380,3 +380,13 @@ def test_finish_by_the_front_is_told_once() -> None:
 def test_step_without_requests_does_nothing() -> None:
     engine, _ = fake_engine()
     assert engine.step() == []
+
+
+def test_step_tells_what_a_request_had_stored_when_it_ended() -> None:
+    engine, _ = fake_engine()
+    trace = Trace()
+    engine.events.listen(trace)
+    engine.add(fake_request("a", range(5), max_tokens=2))
+    while engine.has_work:
+        engine.step()
+    assert [event.scheduled for event in trace if isinstance(event, StepRan)] == [(("a", 5, 5),), (("a", 1, 6),)]

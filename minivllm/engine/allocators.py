@@ -1,16 +1,20 @@
-"""Where a request's next blocks come from: paged, one by one, or one contiguous reservation for its whole life.
+"""Where a request's next blocks come from: paged, one by one, or one contiguous run reserved for its whole life.
 
-    paged          any free block, when it is needed: less than one block is wasted
-    contiguous     max_model_len, whatever comes: most of it is never used
-    power_of_two   the prompt, and its true output rounded up to a power of two: 25 -> 32
-    oracle         the prompt and its true output: no over-reservation, and holes all the same
-    buddy          prompt and output together, rounded up and aligned to a power of two: merges holes, wastes tails
+    allocator      length of the run                                 placed by   the name in Kwon et al., figure 2
+    contiguous     max_model_len, whatever comes                     first fit   Orca (Max)
+    power_of_two   prompt, and output rounded up: 25 -> 32           buddies     Orca (Pow2)
+    buddy          every slot it will use, known beforehand          buddies     Orca (Oracle)
+    oracle         the same                                          first fit   not there: tighter than all of Orca's
+    paged          none: any free block, when it is needed                       vLLM
 
-The rivals are those of Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention" (SOSP 2023,
-section 6.1). They know the true output because the request's max_tokens says so and EOS is ignored. A reservation is a
-run of consecutive block ids, so the block table, the attention and the runner are the same for all.
+Each differs from the next in one thing: length (equal runs are placed alike by both), length, placement, paging. Kwon
+et al., "Efficient Memory Management for LLM Serving with PagedAttention" (SOSP 2023, section 6.1), assume that Orca
+places by buddies, and only so do their figures come out: the rounding of runs to powers of two is most of the external
+fragmentation (`minivllm study allocators`). The output is known beforehand where max_tokens tells it and EOS
+is ignored. A run is consecutive block ids, so block table, attention and runner are the same for all.
 """
 
+from bisect import insort
 from collections.abc import Callable
 from typing import Protocol
 
@@ -39,6 +43,17 @@ class Allocator(Protocol):
     def forget(self, request: Request) -> None: ...
 
 
+def build_allocator(
+    config: EngineConfig,
+    pool: BlockPool,
+    make_empty: Callable[[], None],
+    tell_reserved: Callable[[Request], None],
+) -> Allocator:
+    if config.allocator == "paged":
+        return PagedAllocator(pool, make_empty)
+    return ContiguousAllocator(pool, config, tell_reserved)
+
+
 class PagedAllocator:
     """Block by block from the pool; a cached block is evicted when no empty one is left."""
 
@@ -63,7 +78,49 @@ class PagedAllocator:
         return self._pool.take().id
 
 
-SizeRule = Callable[[Request, EngineConfig], int]
+class ContiguousAllocator:
+    """One run of consecutive blocks per request, reserved when it is admitted, freed when it leaves."""
+
+    is_contiguous = True
+
+    def __init__(self, pool: BlockPool, config: EngineConfig, tell_reserved: Callable[[Request], None]) -> None:
+        self._pool = pool
+        self._config = config
+        self._tell_reserved = tell_reserved
+        self._num_slots, build_heap = RULES[config.allocator]
+        self._heap = build_heap(pool.num_usable)
+        self.runs: dict[str, range] = {}  # block ids by request id
+
+    def can_take(self, request: Request, num_blocks: int, num_spared: int = 0) -> bool:
+        """Whether the request's run has blocks left, or can be made. Nobody grows beyond a run: nothing is spared."""
+        if request.id in self.runs:
+            return num_blocks <= len(request.reserved_ids)
+        return self._heap.fits(self.num_wanted(request))
+
+    def take(self, request: Request, num_blocks: int) -> list[int]:
+        """The next blocks of the run, which the first call reserves."""
+        if request.id not in self.runs:
+            self._reserve(request)
+        taken, request.reserved_ids = request.reserved_ids[:num_blocks], request.reserved_ids[num_blocks:]
+        return taken
+
+    def forget(self, request: Request) -> None:
+        """The request let go of its blocks: the run is a hole again."""
+        run = self.runs.pop(request.id, None)
+        if run is not None:
+            self._heap.free(range(run.start - 1, run.stop - 1))
+
+    def num_wanted(self, request: Request) -> int:
+        """Blocks that the request asks for; buddies may give more."""
+        return blocks_needed(self._num_slots(request, self._config), self._config.block_size)
+
+    def _reserve(self, request: Request) -> None:
+        run = self._heap.take(self.num_wanted(request))
+        self.runs[request.id] = range(run.start + 1, run.stop + 1)  # the heap counts from 0, and block 0 is no block
+        request.reserved_ids = list(self.runs[request.id])
+        for block_id in request.reserved_ids:
+            self._pool.take(self._pool.blocks[block_id])
+        self._tell_reserved(request)
 
 
 def whole_context(request: Request, config: EngineConfig) -> int:
@@ -75,88 +132,107 @@ def rounded_output(request: Request, config: EngineConfig) -> int:
 
 
 def true_length(request: Request, config: EngineConfig) -> int:
-    return request.num_prompt + request.max_tokens
+    """The K and V of the last token are never stored: nothing comes after it."""
+    return request.num_prompt + request.max_tokens - 1
 
 
-SIZE_RULES: dict[str, SizeRule] = {
-    "contiguous": whole_context,
-    "power_of_two": rounded_output,
-    "oracle": true_length,
-    "buddy": true_length,
-}
+class Heap(Protocol):
+    """A row of places, of which runs are taken and given back; `take` asserts that `fits`."""
+
+    def fits(self, size: int) -> bool: ...
+    def take(self, size: int) -> range: ...
+    def free(self, run: range) -> None: ...
 
 
-class ContiguousAllocator:
-    """One run of consecutive blocks per request, reserved when it is admitted, freed when it leaves.
+class FirstFit:
+    """The lowest hole that is long enough; what a run leaves over stays a hole."""
 
-    First fit takes the lowest hole that is long enough. Buddy (Knowlton 1965) rounds the length to a power of two and
-    aligns the start to it.
-    """
+    def __init__(self, num_places: int) -> None:
+        self._end = range(num_places, num_places)
+        self._runs: list[range] = []  # taken, in order
 
-    is_contiguous = True
+    def fits(self, size: int) -> bool:
+        return self._find(size) is not None
 
-    def __init__(self, pool: BlockPool, config: EngineConfig, tell_reserved: Callable[[Request], None]) -> None:
-        self._pool = pool
-        self._config = config
-        self._tell_reserved = tell_reserved
-        self._size_rule = SIZE_RULES[config.allocator]
-        self._is_buddy = config.allocator == "buddy"
-        self.regions: dict[str, range] = {}  # block ids by request id
-
-    def can_take(self, request: Request, num_blocks: int, num_spared: int = 0) -> bool:
-        """Whether the request's reservation covers more blocks, or can be made."""
-        if request.id in self.regions:
-            return num_blocks <= len(request.reserved_ids)
-        return self._find(self.num_reserved(request)) is not None
-
-    def take(self, request: Request, num_blocks: int) -> list[int]:
-        """The next blocks of the reservation, which the first call makes."""
-        if request.id not in self.regions:
-            self._reserve(request)
-        taken, request.reserved_ids = request.reserved_ids[:num_blocks], request.reserved_ids[num_blocks:]
-        return taken
-
-    def forget(self, request: Request) -> None:
-        """The request lets go of its blocks: the run is a hole again."""
-        self.regions.pop(request.id, None)
-
-    def num_reserved(self, request: Request) -> int:
-        """Blocks that the request's reservation has."""
-        num_blocks = blocks_needed(self._size_rule(request, self._config), self._config.block_size)
-        return min(power_of_two(num_blocks), self._pool.num_usable) if self._is_buddy else num_blocks
-
-    def _reserve(self, request: Request) -> None:
-        size = self.num_reserved(request)
+    def take(self, size: int) -> range:
         start = self._find(size)
-        assert start is not None, "can_take found the run"
-        region = range(start, start + size)
-        for block_id in region:
-            self._pool.take(self._pool.blocks[block_id])
-        self.regions[request.id] = region
-        request.reserved_ids = list(region)
-        self._tell_reserved(request)
+        assert start is not None, f"no hole of {size}: ask fits first"
+        run = range(start, start + size)
+        insort(self._runs, run, key=lambda taken: taken.start)
+        return run
+
+    def free(self, run: range) -> None:
+        self._runs.remove(run)
 
     def _find(self, size: int) -> int | None:
-        """The first id of the lowest hole of `size` blocks; None when there is none."""
-        start = 1
-        for region in [*sorted(self.regions.values(), key=lambda r: r.start), range(len(self._pool.blocks), 0)]:
-            start = self._aligned(start, size)
-            if start + size <= region.start:
+        start = 0
+        for taken in (*self._runs, self._end):
+            if start + size <= taken.start:
                 return start
-            start = max(start, region.stop)
+            start = taken.stop
         return None
 
-    def _aligned(self, start: int, size: int) -> int:
-        """The next start that a buddy of this size may have: ids count from 1, so 1, 1 + size, 1 + 2 * size ..."""
-        return 1 + blocks_needed(start - 1, size) * size if self._is_buddy else start
+
+class Buddies:
+    """Runs of 2**k places at multiples of 2**k (Knowlton 1965): split in halves to fit, merged when both are free.
+
+    A row whose length is no power of two begins as several: 11 is 8 + 2 + 1. Who wants more than the longest of them,
+    but no more than all, gets all: a pool of 11 can hold one request of 9.
+    """
+
+    def __init__(self, num_places: int) -> None:
+        self._whole = range(num_places)
+        self._starts: dict[int, list[int]] = {}  # of the free runs, by length
+        self._free_whole()
+
+    def fits(self, size: int) -> bool:
+        return self._smallest(size) is not None or (size <= len(self._whole) and self._is_unused())
+
+    def take(self, size: int) -> range:
+        """The smallest free run that is long enough, and of those the lowest, cut down to the next power of two."""
+        length, wanted = self._smallest(size), power_of_two(size)
+        if length is None:
+            assert size <= len(self._whole) and self._is_unused(), f"no run of {size}: ask fits first"
+            self._starts = {}
+            return self._whole
+        start = min(self._starts[length])
+        self._starts[length].remove(start)
+        while length > wanted:
+            length //= 2
+            self._starts.setdefault(length, []).append(start + length)
+        return range(start, start + length)
+
+    def free(self, run: range) -> None:
+        """Give a run back; its buddy differs from it in one bit of the start."""
+        if run == self._whole:
+            self._free_whole()
+            return
+        start, length = run.start, len(run)
+        while start ^ length in self._starts.get(length, ()):
+            self._starts[length].remove(start ^ length)
+            start, length = start & ~length, length * 2
+        self._starts.setdefault(length, []).append(start)
+
+    def _free_whole(self) -> None:
+        num_places, start = len(self._whole), 0
+        self._starts = {}
+        while start < num_places:
+            length = 1 << (num_places - start).bit_length() - 1  # the highest bit of what is left
+            self._starts[length] = [start]
+            start += length
+
+    def _smallest(self, size: int) -> int | None:
+        return min((length for length, starts in self._starts.items() if starts and length >= size), default=None)
+
+    def _is_unused(self) -> bool:
+        return sum(length * len(starts) for length, starts in self._starts.items()) == len(self._whole)
 
 
-def build_allocator(
-    config: EngineConfig,
-    pool: BlockPool,
-    make_empty: Callable[[], None],
-    tell_reserved: Callable[[Request], None],
-) -> Allocator:
-    if config.allocator == "paged":
-        return PagedAllocator(pool, make_empty)
-    return ContiguousAllocator(pool, config, tell_reserved)
+SizeRule = Callable[[Request, EngineConfig], int]  # slots that a request asks for
+
+RULES: dict[str, tuple[SizeRule, Callable[[int], Heap]]] = {
+    "contiguous": (whole_context, FirstFit),
+    "power_of_two": (rounded_output, Buddies),
+    "buddy": (true_length, Buddies),
+    "oracle": (true_length, FirstFit),
+}

@@ -8,7 +8,7 @@ import xxhash
 
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.pins import Pins
-from minivllm.engine.plan import Runner, StepPlan, StepResult
+from minivllm.engine.plan import Runner, StepResult
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
@@ -94,8 +94,9 @@ class Engine:
         started_s = time.perf_counter()
         plan = self.scheduler.schedule()
         planned_s = time.perf_counter()
+        scheduled = tuple((r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled)
         is_stuck = not plan.scheduled and not plan.preempted and not all(r.is_held for r in self.requests.values())
-        assert not is_stuck, "requests wait and nothing can run"
+        assert not is_stuck, "I15: requests wait and nothing can run"
         try:
             self.last_result = self.runner.run(plan)
         except Exception:
@@ -108,7 +109,7 @@ class Engine:
             if request.is_finished:
                 self.requests.pop(request.id, None)
         if self.events:
-            self._report(plan, started_s, planned_s, ran_s)
+            self._report(scheduled, started_s, planned_s, ran_s)
         return advanced
 
     def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
@@ -159,13 +160,15 @@ class Engine:
         # Whatever passes here fits: the pool holds max_model_len tokens (EngineConfig), and max_tokens is cut to it.
         return None
 
-    def _report(self, plan: StepPlan, started_s: float, planned_s: float, ran_s: float) -> None:
+    def _report(
+        self, scheduled: tuple[tuple[str, int, int], ...], started_s: float, planned_s: float, ran_s: float
+    ) -> None:
         updated_s = time.perf_counter()
         new_tokens = tuple((id_, tuple(tokens)) for id_, tokens in self.last_result.new_token_ids.items())
         self.events.emit(
             StepRan(
-                step=plan.step,
-                scheduled=tuple((r.id, num_new, r.num_computed) for r, num_new in plan.scheduled),
+                step=self.scheduler.step,
+                scheduled=scheduled,
                 new_tokens=new_tokens,
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),

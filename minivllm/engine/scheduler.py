@@ -147,7 +147,10 @@ class Scheduler:
                 self._clear_lingering()
                 continue
             victim = self.running.last  # never one already scheduled: those stand before `request` in the order
-            self._preempt(victim, "itself" if victim is request else "no_blocks")
+            held = [other for other in self.running if other.is_held] if victim is request else []
+            if held:
+                victim = held[-1]  # whose owner may wait for `request`: it would be admitted and fall again for ever
+            self._preempt(victim, "held" if held else "itself" if victim is request else "no_blocks")
             preempted.append(victim)
             if victim is request:
                 return False
@@ -164,6 +167,8 @@ class Scheduler:
         victim.status = Status.WAITING
         victim.num_preemptions += 1
         self.waiting.add(victim)
+        if not self.running:
+            self._clear_lingering()
 
     def _admit_waiting(self, budget: int) -> Scheduled:
         """Admit in order until one does not fit: whoever comes after it waits behind it."""
@@ -228,7 +233,8 @@ class Scheduler:
         else:
             self.kv.adopt(request, hit)
         if request.num_preemptions == 0:
-            request.num_cached = request.num_computed  # what a recompute finds again is not a hit
+            # Neither what a recompute finds again is a hit, nor what a fork finds of its parent's output.
+            request.num_cached = min(request.num_computed, request.num_prompt)
         has_grown = self.kv.grow(request, num_new)
         assert has_grown, "the blocks were counted"
 
