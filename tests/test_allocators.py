@@ -205,6 +205,12 @@ def test_recorded_mean_over_seeds_is_within_the_tolerance() -> None:
         assert abs(count / FIGURE_13["ShareGPT"][allocator] - 1) <= COUNT_TOLERANCE / 100
 
 
+@pytest.mark.parametrize("allocator", ["power_of_two", "buddy"])
+def test_alpaca_batches_about_as_many_as_in_the_paper(allocator: str) -> None:
+    shares = average(measure(allocator, alpaca_like(), num_steps=2000).full)
+    assert abs(shares.num_requests / FIGURE_13["Alpaca"][allocator] - 1) <= COUNT_TOLERANCE / 100
+
+
 def test_max_never_batches_more_than_seven() -> None:
     played = measure("contiguous", alpaca_like(), num_steps=400)
     assert {use.num_requests for use in played.full} == {15_728 // 2048}

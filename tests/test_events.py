@@ -29,8 +29,37 @@ def record(**options: object) -> Trace:
     return trace
 
 
-def test_recorded_run_shows_every_kind_of_event() -> None:
-    assert {type(event) for event in record()} == set(KINDS.values())
+def record_policies() -> Trace:
+    """What takes another policy to happen: forks and copies, exchanges, pins, swaps, reservations, windows."""
+    trace = Trace()
+    for options in (
+        {"prefix_cache": "radix", "max_model_len": 20},
+        {"preemption_mode": "swap", "num_host_blocks": 8, "num_blocks": 5, "max_model_len": 16},
+        {"allocator": "contiguous", "enable_prefix_caching": False},
+        {"window": 3, "enable_prefix_caching": False},
+    ):
+        engine, _ = fake_engine(**options)
+        engine.events.listen(trace)
+        for name in "ab":
+            engine.add(fake_request(name, range(6), max_tokens=8))
+        engine.step()
+        engine.fork("a", "c")
+        while engine.has_work:
+            engine.step()
+        if engine.config.prefix_cache == "radix":
+            engine.pins.pin("system", [*range(6)])
+            engine.pins.unpin("system")
+    return trace
+
+
+def test_recorded_runs_show_every_kind_of_event() -> None:
+    shown = {type(event) for event in (*record(), *record_policies())}
+    assert shown == set(KINDS.values())
+
+
+def test_trace_with_every_kind_of_event_loads_equal(tmp_path: Path) -> None:
+    trace = Trace({}, [*record(), *record_policies()])
+    assert Trace.load(trace.save(tmp_path / "run.json")) == trace
 
 
 def test_saved_trace_loads_equal(tmp_path: Path) -> None:
@@ -87,7 +116,8 @@ def test_events_hold_no_live_object() -> None:
             return all(is_plain(item) for item in value)
         return isinstance(value, int | float | str)
 
-    values = [getattr(event, name) for event in record() for name in type(event).__dataclass_fields__]
+    events = [*record(), *record_policies()]
+    values = [getattr(event, name) for event in events for name in type(event).__dataclass_fields__]
     assert all(is_plain(value) for value in values)
 
 

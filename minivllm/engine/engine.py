@@ -40,6 +40,7 @@ class Engine:
 
         Raises RequestError when it could never run.
         """
+        assert not (request.is_steered and request.pending_forks), "steered requests are forked by their owner"
         samples = [request, *request.pending_forks]
         if reason := self._reason_to_refuse(request, [sample.id for sample in samples]):
             self.events.emit(Refused(self.scheduler.step, request.id, reason))
@@ -134,7 +135,8 @@ class Engine:
                 digest.update(repr((r.id, r.num_computed, r.num_preemptions, held, forks, r.is_held)).encode())
                 digest.update(array("q", r.token_ids).tobytes())
             digest.update(b"|")
-        digest.update(repr((self.pins.blocks_of_ids(), self.scheduler.swap.free_ids)).encode())
+        lingering = [(r.id, r.block_ids) for r in self.scheduler.lingering]
+        digest.update(repr((self.pins.blocks_of_ids(), self.scheduler.swap.free_ids, lingering)).encode())
         digest.update(array("q", [block.ref_count for block in pool.blocks]).tobytes())
         digest.update(array("Q", [block.entry.block_hash if block.entry else 0 for block in pool.blocks]).tobytes())
         digest.update(array("q", pool.free_ids()).tobytes())

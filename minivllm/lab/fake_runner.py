@@ -4,6 +4,7 @@ Every slot remembers its token, its position and a digest of the whole prefix up
 share, a stale block or a missed recompute is an assertion (invariant I16), or it changes the tokens that come out.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,16 @@ class Fingerprint:
 
 
 class FakeRunner:
-    """Tokens 0 .. vocab_size-1; make 0 the engine's EOS to see requests end early."""
+    """Tokens 0 .. vocab_size-1; make 0 the engine's EOS to see requests end early.
 
-    def __init__(self, block_size: int, vocab_size: int = 12) -> None:
+    With a `window` a token sees itself and the window - 1 before it: only those slots are read and verified. The digest
+    still covers the whole prefix, as the K and V of a deep model nearly do, so the answers are those without a window.
+    """
+
+    def __init__(self, block_size: int, vocab_size: int = 12, window: int | None = None) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.window = window
         self.contents: dict[int, Fingerprint] = {}  # by slot
         self.host: dict[int, list[Fingerprint | None]] = {}  # by host block
         self.entries: dict[int, tuple[CacheEntry, list[Fingerprint]]] = {}  # cached blocks by serial, as first seen
@@ -53,9 +59,29 @@ class FakeRunner:
         self.after(plan)
         return StepResult(answers)
 
+    def twin(self, num_host_blocks: int) -> "FakeRunner":
+        """The same answers from slots of its own, all empty; it has as many host blocks as it is asked for."""
+        return FakeRunner(self.block_size, self.vocab_size, self.window)
+
+    def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
+        """What the block's slots hold, for another runner to load."""
+        slots = range(block_id * self.block_size, (block_id + 1) * self.block_size)
+        nothing = [None] * self.block_size
+        block = self.host.get(block_id, nothing) if on_host else [self.contents.get(slot) for slot in slots]
+        return json.dumps([held and (held.token_id, held.position, held.digest) for held in block]).encode()
+
+    def load_block(self, block_id: int, contents: bytes, *, on_host: bool = False) -> None:
+        """Put back what `save_block` gave."""
+        block = [held and Fingerprint(*held) for held in json.loads(contents)]
+        if on_host:
+            self.host[block_id] = block
+        else:
+            self._store(block_id, block)
+
     def _move(self, transfer: Transfer) -> None:
         """What KVStorage does with bytes."""
         if transfer.move is Move.SWAP_IN:
+            assert transfer.source_id in self.host, f"I16: host block {transfer.source_id} was never written"
             self._store(transfer.target_id, self.host[transfer.source_id])
             return
         block = [self.contents.get(transfer.source_id * self.block_size + i) for i in range(self.block_size)]
@@ -78,7 +104,7 @@ class FakeRunner:
         assert start == written or num_preemptions < request.num_preemptions, (
             f"I9: {request.id} writes from {start}, wrote up to {written}"
         )
-        digest = self._read(request, start)
+        digest = self._read(request, start, query=start)
         for position in range(start, end):
             token_id = request.token_ids[position]
             digest = hash((digest, token_id))  # ints only: the same in every process
@@ -86,27 +112,30 @@ class FakeRunner:
             self.contents[slot] = Fingerprint(token_id, position, digest)
         self._written[request] = request.num_preemptions, end
 
-    def _read(self, request: Request, end: int) -> int:
-        """The digest of the first `end` tokens, every one of them verified in its slot."""
-        digest = 0
+    def _read(self, request: Request, end: int, query: int) -> int:
+        """The digest of the first `end` tokens; every one that the token at `query` sees is verified in its slot."""
+        digest, first_seen = 0, 0 if self.window is None else query - self.window + 1
         for position, token_id in enumerate(request.token_ids[:end]):
             digest = hash((digest, token_id))
-            if request.block_ids[position // self.block_size] == NULL_BLOCK:
-                continue  # fell out of the window
+            if position < first_seen:
+                continue
+            block_id = request.block_ids[position // self.block_size]
+            assert block_id != NULL_BLOCK, f"I16: {request.id} at {position} is read by {query} and was dropped"
             slot = slot_of(position, request.block_ids, self.block_size)
             found, expected = self.contents.get(slot), Fingerprint(token_id, position, digest)
             assert found == expected, f"I16: {request.id} at {position}, slot {slot}: {found}, not {expected}"
         return digest
 
     def _next_token(self, request: Request, seed: int) -> int:
-        return hash((self._read(request, request.num_tokens), seed)) % self.vocab_size
+        digest = self._read(request, request.num_tokens, query=request.num_tokens - 1)
+        return hash((digest, seed)) % self.vocab_size
 
 
 def fake_engine(**options: Any) -> tuple[Engine, FakeRunner]:
     """Ten blocks of four tokens and room for all, unless told otherwise."""
     defaults: dict[str, Any] = {"num_blocks": 11, "block_size": 4, "max_model_len": 40, "watermark": 0.0}
     config = EngineConfig(**{**defaults, **options})
-    runner = FakeRunner(config.block_size)
+    runner = FakeRunner(config.block_size, window=config.window)
     return Engine(config, runner), runner
 
 

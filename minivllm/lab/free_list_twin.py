@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from minivllm.engine.block_pool import BlockPool
+from minivllm.engine.block_pool import NULL_BLOCK, BlockPool
 from minivllm.events import (
     BlockCached,
     BlockCopied,
@@ -30,7 +30,8 @@ class FreeListTwin:
         self.owners: Counter[int] = Counter()
         self.cached: set[int] = set()
         self.is_resetting = False
-        self._evicted: set[int] = set()  # they are taken in the same stroke
+        self._evicted: set[int] = set()  # they are taken in the same stroke,
+        self._empty: set[int] = set()  # and with them whatever was empty then
         self._reserved: set[int] = set()
 
     def __call__(self, event: Event) -> None:
@@ -38,16 +39,15 @@ class FreeListTwin:
         match event:
             case PrefixHit(block_ids=block_ids) | Forked(block_ids=block_ids) | Pinned(block_ids=block_ids):
                 for block_id in block_ids:
-                    self._share(block_id)
+                    if block_id != NULL_BLOCK:  # where a fork's window has passed
+                        self._share(block_id)
             case Evicted(block_id=block_id):
                 self._evict(block_id)
             case BlocksTaken(block_ids=block_ids) | SwappedIn(block_ids=block_ids):
-                for block_id in block_ids:
-                    self._take(block_id)
+                self._take(*block_ids)
             case BlocksReserved(block_ids=block_ids):
                 for block_id in block_ids:
-                    self.free.remove(block_id)
-                    self.owners[block_id] += 1
+                    self._share(block_id)
                 self._reserved.update(block_ids)
             case BlockCopied(source_id=source_id, block_id=block_id):
                 assert self.owners[source_id] > 1 or source_id in self.cached, (
@@ -75,17 +75,21 @@ class FreeListTwin:
         if block_id in self._reserved:
             return  # a contiguous fork: reserved for the child just before
         if not self.owners[block_id]:
+            assert block_id in self.free, f"I14: block {block_id} is shared, neither free nor owned"
             self.free.remove(block_id)
         self.owners[block_id] += 1
 
-    def _take(self, block_id: int) -> None:
-        if block_id in self._reserved:
-            return
-        if block_id in self._evicted:
-            self._evicted.remove(block_id)
-        else:
-            assert self.free.pop(0) == block_id, f"I14: block {block_id} was taken out of turn"
-        self.owners[block_id] += 1
+    def _take(self, *block_ids: int) -> None:
+        assert self._empty <= set(block_ids), f"I14: {self._empty} were empty when a cached block was evicted"
+        self._empty = set()
+        for block_id in block_ids:
+            if block_id in self._reserved:
+                continue
+            if block_id in self._evicted:
+                self._evicted.remove(block_id)
+            else:
+                assert self.free and self.free.pop(0) == block_id, f"I14: block {block_id} was taken out of turn"
+            self.owners[block_id] += 1
 
     def _evict(self, block_id: int) -> None:
         assert block_id in self.free, f"I14: block {block_id} was evicted while in use"
@@ -95,9 +99,10 @@ class FreeListTwin:
         if self.is_resetting:
             self.free.insert(0, block_id)
             return
-        is_next = self.cached.isdisjoint(self.free[:place]) if self.is_lru else self.cached.issuperset(self.free)
+        is_next = not self.is_lru or self.cached.isdisjoint(self.free[:place])
         assert is_next, f"I14: {block_id} was evicted out of turn"
         self._evicted.add(block_id)
+        self._empty = set(self.free) - self.cached
 
     def _release(self, block_id: int) -> None:
         self.owners[block_id] -= 1

@@ -1,7 +1,7 @@
 """The invariants I1-I15 of the engine, checked from outside: after a step, on a plan, and when all is drained.
 
-The fake runner adds I16 and the "written once" of I9, free_list_twin.py adds I14. I8 (drafts are never cached) has no
-drafts to look at yet.
+The fake runner adds I16 and the "written once" of I9, free_list_twin.py and witness.py, which hear the events, add I14
+and what only the moment shows. I8 (drafts are never cached) has no drafts to look at yet.
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool
 from minivllm.engine.engine import Engine
 from minivllm.engine.kv_manager import blocks_needed
 from minivllm.engine.plan import StepPlan
+from minivllm.engine.policies import order_of
 from minivllm.engine.prefix_cache import HashChainCache, root_hash
 from minivllm.lab.fake_runner import FakeRunner
 from minivllm.request import Request, Status
@@ -19,8 +20,8 @@ from minivllm.request import Request, Status
 
 def check_invariants(engine: Engine, runner: FakeRunner | None = None) -> None:
     """Assert all that must hold between two steps; with a fake runner also what the slots hold."""
-    _check_ownership(engine)
     _check_free_list(engine.kv.pool)
+    _check_ownership(engine)
     _check_cache(engine)
     _check_requests(engine)
     if runner is not None:
@@ -28,8 +29,10 @@ def check_invariants(engine: Engine, runner: FakeRunner | None = None) -> None:
 
 
 def check_plan(engine: Engine, plan: StepPlan) -> None:
-    """Assert what a plan must keep before anything of it runs."""
+    """Assert what a plan must keep before anything of it runs, and that its blocks have the owners they count."""
     config, pool = engine.config, engine.kv.pool
+    _check_free_list(pool)
+    _check_ownership(engine)
     # I11: one budget for all, a seat for each.
     assert plan.num_tokens <= config.max_num_batched_tokens, f"I11: {plan.num_tokens} tokens in one step"
     assert len(engine.scheduler.running) <= config.max_num_seqs, f"I11: {len(engine.scheduler.running)} running"
@@ -64,15 +67,27 @@ def check_drained(engine: Engine) -> None:
 
 
 def most_steps_to_drain(engine: Engine) -> int:
-    """I15: the first in the order gets a token in each step and is never preempted, so this many steps are enough.
+    """I15: so many steps are enough for all that is there, if nobody else comes and steered requests get tokens.
 
-    Under other policies than fcfs a guest may first end its own work, once for each request that goes before it; with
-    prefill_first every step that decodes may be followed by one that admits.
+    The first of those that run computes at least one token in each step and is never preempted, so it ends within the
+    tokens it has. While everybody who runs stands before everybody who waits, this stays so to the end, and the sum of
+    all tokens is enough. Else an older guest may become the first and cost the one before it its work, but only by
+    ending before it: one such sum until the next request ends, and so one for each. With prefill_first up to one
+    admitting step for each request stands between two that decode.
     """
-    work = sum(request.num_prompt + request.max_tokens for request in engine.requests.values())
+    num_requests = len(engine.requests)
+    num_steps = sum(request.num_prompt + request.max_tokens for request in engine.requests.values())
     if engine.config.batching == "prefill_first":
-        work *= 2
-    return work if engine.config.scheduling_policy == "fcfs" else work * (1 + len(engine.requests))
+        num_steps *= 1 + num_requests
+    return num_steps if _stands_in_order(engine) else num_steps * num_requests
+
+
+def _stands_in_order(engine: Engine) -> bool:
+    config, scheduler = engine.config, engine.scheduler
+    if config.fills_batches or config.scheduling_policy in ("longest_prefix_first", "dfs"):
+        return False
+    in_line = [*scheduler.running, *scheduler.waiting]
+    return in_line == sorted(in_line, key=order_of(config)) and not any(r.pending_forks for r in in_line)
 
 
 def _check_ownership(engine: Engine) -> None:
@@ -84,16 +99,14 @@ def _check_ownership(engine: Engine) -> None:
     )
     held.update(block_id for ids in engine.pins.blocks_of_ids().values() for block_id in ids)
     free = list(pool.free_ids())
+    # I4: no table points to a free block.
+    assert held.keys().isdisjoint(free), f"I4: tables point to free blocks {held.keys() & set(free)}"
     # I1: as many owners as table entries.
     for block in pool.blocks:
         assert block.ref_count == held[block.id], f"I1: block {block.id} counts {block.ref_count}, not {held[block.id]}"
     # I2: the null block, the free and the used are disjoint and complete.
     assert NULL_BLOCK not in free and NULL_BLOCK not in held, "I2: the null block was handed out"
     assert {NULL_BLOCK, *free, *held} == set(range(len(pool.blocks))), "I2: a block is lost"
-    # I3: nobody is free twice.
-    assert len(free) == len(set(free)), f"I3: duplicates in the free list {free}"
-    # I4: no table points to a free block.
-    assert held.keys().isdisjoint(free), f"I4: tables point to free blocks {held.keys() & set(free)}"
     for request in owners:
         live = request.block_ids[request.num_dropped :]
         assert len(set(live)) == len(live), f"I1: {request.id} holds a block twice"
@@ -112,6 +125,8 @@ def _check_free_list(pool: BlockPool) -> None:
         assert len(chain) <= len(pool.blocks) + 1, "I3: the free list has a loop"
     assert chain[-1] is pool._tail, "I3: the free list is torn"
     assert all(after.previous is before for before, after in pairwise(chain)), "I3: the links disagree"
+    free_ids = [block.id for block in chain[1:-1]]
+    assert len(free_ids) == len(set(free_ids)), f"I3: duplicates in the free list {free_ids}"
     assert pool.num_free == len(chain) - 2, f"I3: num_free is {pool.num_free}, the list has {len(chain) - 2}"
     is_cached = [block.entry is not None for block in chain[1:-1]]
     assert is_cached == sorted(is_cached), "I14: a cached block stands before an empty one"
@@ -125,8 +140,15 @@ def _check_cache(engine: Engine) -> None:
         assert block.entry and cache.holder(block.entry.serial) is block, f"I6: block {block.id} is not its own holder"
         # I5: a cached block is full.
         assert len(block.entry.token_ids) == engine.config.block_size, f"I5: block {block.id} is not full"
+    contents = Counter((block.entry.parent, block.entry.token_ids) for block in holders if block.entry)
+    assert all(num == 1 for num in contents.values()), f"I6: two blocks cache the same contents: {contents}"
     if isinstance(cache, HashChainCache):
         _check_map(cache, blocks, len(holders))
+        return
+    # I6: a tree has no branch without its stem.
+    serials = {block.entry.serial for block in holders if block.entry}
+    stems = {block.entry.parent for block in holders if block.entry and isinstance(block.entry.parent, int)}
+    assert stems <= serials, f"I6: entries {stems - serials} were evicted before those that continue them"
 
 
 def _check_map(cache: HashChainCache, blocks: list[Block], num_holders: int) -> None:
@@ -145,9 +167,15 @@ def _check_requests(engine: Engine) -> None:
     assert len(everyone) == len(engine.requests), "I15: a request is in no queue, or in two"
     assert set(map(id, everyone)) == set(map(id, engine.requests.values())), "I15: the queues hold strangers"
     assert len(running) <= engine.config.max_num_seqs, f"I11: {len(running)} running"
+    for request in waiting:
+        assert request.status is Status.WAITING, f"I15: {request.id} waits while {request.status}"
+        assert not request.block_ids and not request.reserved_ids, f"I9: {request.id} waits and holds blocks"
+        assert bool(request.host_ids) == (request.num_computed > 0), f"I9: {request.id} waits, computed and lost"
+        num_hit = engine.kv.match(request).num_tokens
+        assert num_hit < request.num_tokens, f"I7: {request.id} would find all its {num_hit} tokens"
     for request in everyone:
-        # I7, I9: at least one prompt token is computed, and none beyond the known ones.
-        assert request.num_cached < request.num_prompt, f"I7: {request.id} hit {request.num_cached}"
+        # I7, I9: a hit counts prompt tokens (all of them only in a fork); none beyond the known ones is computed.
+        assert request.num_cached <= request.num_prompt, f"I7: {request.id} hit {request.num_cached}"
         assert request.num_computed <= request.num_tokens, f"I9: {request.id} computed {request.num_computed}"
         assert request.num_output < request.max_tokens, f"I15: {request.id} should have ended"
         # I10: the table has exactly the blocks of what is computed; on the host, all that have not been dropped.
@@ -156,12 +184,12 @@ def _check_requests(engine: Engine) -> None:
             assert len(request.host_ids) == needed - request.num_dropped, f"I10: {request.id} left blocks behind"
             continue
         assert len(request.block_ids) == needed, f"I10: {request.id} has {len(request.block_ids)} blocks, not {needed}"
+    assert not scheduler.lingering or running, "I15: a batch is over and its blocks are still held"
     for request in running:
         assert request.status is Status.RUNNING, f"I15: {request.id} runs while {request.status}"
-    for request in waiting:
-        assert request.status is Status.WAITING, f"I15: {request.id} waits while {request.status}"
-        assert not request.block_ids and not request.reserved_ids, f"I9: {request.id} waits and holds blocks"
-        assert bool(request.host_ids) == (request.num_computed > 0), f"I9: {request.id} waits, computed and lost"
+        if engine.config.window is not None and engine.config.allocator == "paged":
+            num_unseen = max(0, request.num_computed - engine.config.window + 1) // size
+            assert request.num_dropped >= num_unseen, f"I10: {request.id} keeps blocks that no layer sees"
 
 
 def _check_cached_contents(engine: Engine, runner: FakeRunner) -> None:
