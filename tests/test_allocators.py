@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivllm.course.memory_use import memory_over_time
+from minivllm.course.memory_use import average, memory_over_time
 from minivllm.engine.allocators import Buddies, ContiguousAllocator, FirstFit, Heap, power_of_two
 from minivllm.errors import ConfigError
 from minivllm.lab.allocator_study import (

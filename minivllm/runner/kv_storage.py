@@ -54,6 +54,18 @@ class KVStorage:
             source, target = ends[transfer.move]
             target[:, :, transfer.target_id].copy_(source[:, :, transfer.source_id])
 
+    def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
+        """A block's contents over all layers, bit by bit."""
+        block = (self.host if on_host else self.data)[
+            :, :, block_id
+        ]  # [layers, 2, block_size, num_kv_heads, head_size]
+        return block.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+    def load_block(self, block_id: int, contents: bytes, *, on_host: bool = False) -> None:
+        """Put back what `save_block` gave, into a storage of the same shape of blocks."""
+        block = (self.host if on_host else self.data)[:, :, block_id]
+        block.copy_(torch.frombuffer(bytearray(contents), dtype=block.dtype).view(block.shape))
+
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V stored at a slot, [num_kv_heads, head_size] each: views of the cache itself."""
         block, offset = divmod(slot, self.block_size)

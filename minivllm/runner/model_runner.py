@@ -35,6 +35,18 @@ class ModelRunner:
         logits = self.model(batch.token_ids, batch.positions, batch.logit_rows, attention)  # [R, vocab]
         return self._choose_tokens(plan, logits)
 
+    def twin(self, num_host_blocks: int) -> "ModelRunner":
+        """The same model, not a copy of it, on storage of its own that holds zeros."""
+        num_blocks, block_size = self.storage.data.shape[2:4]
+        storage = KVStorage(self.config, num_blocks, block_size, self.device, num_host_blocks)
+        return ModelRunner(self.model, self.config, storage, self.device)
+
+    def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
+        return self.storage.save_block(block_id, on_host=on_host)
+
+    def load_block(self, block_id: int, contents: bytes, *, on_host: bool = False) -> None:
+        self.storage.load_block(block_id, contents, on_host=on_host)
+
     def _choose_tokens(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
         """Sample for up-to-date requests; `logits` has the rows of each request's logit_range, in plan order.
 
