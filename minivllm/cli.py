@@ -193,7 +193,8 @@ def bench(options: argparse.Namespace) -> int:
 STUDIES = {  # module of minivllm.lab, and what it answers
     "allocators": ("allocator_study", "how much memory paging saves, beside four rivals"),
     "equality": ("equality", "whether a cached, chunked, preempted or forked run equals a cold one in every bit"),
-    "futures": ("futures", "what changes when one policy is changed halfway through a run"),
+    "futures": ("time_travel", "what changes when one policy is changed halfway through a run"),
+    "hits": ("hit_study", "how near prefix caches, evictions and orders come to the best hit rate there is"),
     "museum": ("museum", "which invariant catches which historical fault, and how soon"),
     "security": ("security", "what a shared prefix cache gives away, and what stops it"),
     "whatif": ("simulator", "throughput and latency at request rates that were not run"),
