@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import KINDS, Event, StepRan
+from minivllm.text_files import read_text, write_text
 
 
 @dataclass
@@ -52,35 +53,29 @@ class Trace:
             "kinds": {name: [f.name for f in fields(kind)] for name, kind in KINDS.items()},
             "events": [[names.index(type(event).__name__), *astuple(event)] for event in self.events],
         }
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
-        except OSError as error:
-            raise MiniVLLMError(f"{path}: cannot save the trace ({error}); choose another place") from error
-        return path
+        return write_text(path, json.dumps(document, separators=(",", ":")) + "\n", "trace")
 
     @staticmethod
     def load(path: str | Path) -> "Trace":
         """Read what `save` wrote. Raises MiniVLLMError when the file is not a trace of this version."""
-        try:
-            document = json.loads(Path(path).read_text())
-            if document["minivllm_trace"] != Trace.VERSION:
-                raise MiniVLLMError(
-                    f"{path}: trace version {document['minivllm_trace']}, not {Trace.VERSION}; record it again"
-                )
-            kinds = dict(enumerate(_kind(name, names, path) for name, names in document["kinds"].items()))
-            return Trace({**document["header"]}, [_event(kinds[row[0]], row[1:]) for row in document["events"]])
-        except (OSError, UnicodeDecodeError) as error:
-            raise MiniVLLMError(f"{path}: cannot read the trace ({error})") from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise MiniVLLMError(f"{path}: not a minivllm trace ({error}); record it again") from error
+        return read_text(path, _parsed, "trace")
 
 
-def _kind(name: str, field_names: Iterable[str], path: str | Path) -> type[Event]:
+def _parsed(text: str) -> Trace:
+    try:
+        document = json.loads(text)
+        if document["minivllm_trace"] != Trace.VERSION:
+            raise MiniVLLMError(f"trace version {document['minivllm_trace']}, not {Trace.VERSION}; record it again")
+        kinds = dict(enumerate(_kind(name, names) for name, names in document["kinds"].items()))
+        return Trace({**document["header"]}, [_event(kinds[row[0]], row[1:]) for row in document["events"]])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise MiniVLLMError(f"not a minivllm trace ({error}); record it again") from error
+
+
+def _kind(name: str, field_names: Iterable[str]) -> type[Event]:
     kind = KINDS.get(name)
     if kind is None or [f.name for f in fields(kind)] != list(field_names):
-        raise MiniVLLMError(f"{path}: recorded with other fields of {name}; record it again")
+        raise MiniVLLMError(f"recorded with other fields of {name}; record it again")
     return kind
 
 

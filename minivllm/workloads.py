@@ -11,6 +11,7 @@ from random import Random
 from typing import ClassVar
 
 from minivllm.errors import ConfigError, MiniVLLMError
+from minivllm.text_files import read_text, write_text
 from minivllm.workload_shapes import (
     Arrival,
     Draws,
@@ -140,23 +141,13 @@ class Workload:
             ) from error
 
     def save(self, path: str | Path) -> Path:
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json())
-        except OSError as error:
-            raise MiniVLLMError(f"{path}: cannot save the workload ({error}); choose another place") from error
-        return path
+        """Write JSON. Raises MiniVLLMError when the place cannot be written."""
+        return write_text(path, self.to_json(), "workload")
 
     @staticmethod
     def load(path: str | Path) -> "Workload":
         """Read what `save` wrote. Raises MiniVLLMError when the file is missing or holds something else."""
-        try:
-            return Workload.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise MiniVLLMError(f"{path}: cannot read the workload ({error})") from error
-        except MiniVLLMError as error:
-            raise MiniVLLMError(f"{path}: {error}") from error
+        return read_text(path, Workload.from_json, "workload")
 
 
 def open_loop(

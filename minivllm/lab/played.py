@@ -13,6 +13,7 @@ from typing import ClassVar
 import xxhash
 
 from minivllm.errors import MiniVLLMError
+from minivllm.text_files import read_text, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,23 +150,12 @@ class Played:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON. Raises MiniVLLMError when the place cannot be written."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json())
-        except OSError as error:
-            raise MiniVLLMError(f"{path}: cannot save the run ({error}); choose another place") from error
-        return path
+        return write_text(path, self.to_json(), "run")
 
     @staticmethod
     def load(path: str | Path) -> "Played":
         """Read what `save` wrote. Raises MiniVLLMError when the file is missing or holds something else."""
-        try:
-            return Played.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise MiniVLLMError(f"{path}: cannot read the run ({error})") from error
-        except MiniVLLMError as error:
-            raise MiniVLLMError(f"{path}: {error}") from error
+        return read_text(path, Played.from_json, "run")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -23,6 +23,7 @@ from minivllm.lab.played import Played
 from minivllm.lab.player import Clock, CpuClock, WallClock, play
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
+from minivllm.text_files import write_text
 from minivllm.workloads import Workload, open_loop, poisson, uniform
 
 RECORDINGS = Path(__file__).with_name("recordings")
@@ -98,13 +99,8 @@ class Recording:
             "steps": [[*astuple(sample.features), round(sample.ms, 3)] for sample in self.samples],
             "played": json.loads(self.played.to_json()),
         }  # fmt: skip
-        path = folder / f"{self.spec.name}.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
-        except OSError as error:
-            raise MiniVLLMError(f"{path}: cannot save the recording ({error}); choose another place") from error
-        return path
+        text = json.dumps(document, separators=(",", ":")) + "\n"
+        return write_text(folder / f"{self.spec.name}.json", text, "recording")
 
     @staticmethod
     def load(path: Path) -> "Recording":
