@@ -6,7 +6,8 @@ from jinja2 import TemplateError
 
 from minivllm.errors import RequestError
 from minivllm.outputs import Tokenizer
-from minivllm.text_engine import Checked, require_unicode
+from minivllm.prompts import require_unicode
+from minivllm.text_engine import Checked
 
 
 def apply_template(

@@ -31,9 +31,17 @@ def engine_config(
 ) -> EngineConfig:
     """All decisions in one place: the policies as asked for, and what follows from the model and the pool."""
     chosen: dict[str, object] = {**policies}
-    chosen.setdefault("enable_prefix_caching", policies.get("allocator", "paged") == "paged")
+    asks_for_cache = "prefix_cache" in policies or "eviction_policy" in policies
+    chosen.setdefault("enable_prefix_caching", asks_for_cache or policies.get("allocator", "paged") == "paged")
+    if swap_space and "num_host_blocks" in policies:
+        raise ConfigError("swap_space and num_host_blocks say the same in other units: give one of them")
     if swap_space:
         chosen["num_host_blocks"] = host_blocks(swap_space, model, block_size)
+    num_host_blocks = policies.get("num_host_blocks")
+    num_bytes = num_host_blocks * block_bytes(model, block_size) if isinstance(num_host_blocks, int) else 0
+    if num_bytes > available_memory():
+        gib = f"{num_bytes / GIB:.1f} GiB, and {available_memory() / GIB:.1f} GiB are free"
+        raise ConfigError(f"num_host_blocks={num_host_blocks} would take {gib}: give fewer")
     is_chunked = policies.get("enable_chunked_prefill", True) and policies.get("batching") not in WHOLE_PROMPTS
     chosen["max_num_batched_tokens"] = step_budget(policies.get("max_num_batched_tokens"), max_model_len, is_chunked)
     windows = [window for window in model.windows if window is not None]

@@ -106,6 +106,10 @@ class EngineConfig:
             max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
             num_host_blocks=self.num_host_blocks, aging_steps=self.aging_steps, window=self.window,
         )  # fmt: skip
+        if self.max_num_seqs is None or self.max_num_batched_tokens is None:
+            raise ConfigError("max_num_seqs and max_num_batched_tokens must be integers, not None")
+        if self.num_host_blocks is None or self.num_host_blocks < 0:
+            raise ConfigError(f"num_host_blocks must be at least 0, not {self.num_host_blocks}")
         for name in ("enable_prefix_caching", "enable_chunked_prefill"):
             if not isinstance(getattr(self, name), bool):  # the string "no" would count as yes
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")

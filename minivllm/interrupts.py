@@ -1,6 +1,7 @@
 """Ctrl-C between steps, never inside one: the tables of the engine are whole when KeyboardInterrupt is raised."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    is_ending = sys.is_finalizing() or signal.getsignal is None  # a generator left open is closed at the very end
+    if is_ending or threading.current_thread() is not threading.main_thread():
         yield let_through
         return
     previous = signal.signal(signal.SIGINT, hold)

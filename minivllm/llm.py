@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Unpack
 
@@ -154,7 +153,7 @@ class LLM:
         if parent is None:
             raise RequestError(f"fork: no request {request_id!r} runs here; take the request_id of a stream's output")
         follow = self._follow(partial(self.text_engine.fork, parent, index, seed), num_shown=-1)
-        return chain([next(follow)], follow)  # begun here and now, so that dropping it drops the request
+        return _resumed(next(follow), follow)  # begun here and now, so that dropping it drops the request
 
     def beam_search(
         self,
@@ -182,6 +181,7 @@ class LLM:
             raise RequestError(f"pin_prefix: {len(checked.token_ids)} tokens do not fill a block of {size}; pin more")
         with self.text_engine.lock:  # so that nobody evicts what was just computed
             name = f"prefix {self.text_engine.new_id()}" if name is None else name
+            self.engine.pins.require_room(name, len(checked.token_ids))
             self._run([checked], [SamplingParams(temperature=0, max_tokens=1)], False, [0])
             self.engine.pins.pin(name, checked.token_ids, checked.salt)
         return name
@@ -192,7 +192,7 @@ class LLM:
             self.engine.pins.unpin(name)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes; False, and nothing changed, while requests hold blocks."""
+        """Forget all cached prefixes; False, and nothing changed, while requests or pins hold blocks."""
         with self.text_engine.lock:
             return self.engine.kv.reset_cache()
 
@@ -272,6 +272,12 @@ class LLM:
         finally:
             if generation and not generation.is_finished:
                 self.text_engine.abort(generation)
+
+
+def _resumed(first: RequestOutput, rest: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
+    """A generator again, with its `close`, of which the first result was taken."""
+    yield first
+    yield from rest
 
 
 def _show_progress(bar: tqdm, generations: list[Generation]) -> None:

@@ -15,9 +15,8 @@ from minivllm.errors import RequestError
 from minivllm.fair_lock import FairLock
 from minivllm.interrupts import held_interrupts
 from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs
+from minivllm.prompts import Prompt, open_dict, require_unicode, short
 from minivllm.request import Request, SamplingParams
-
-Prompt = str | Sequence[int] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,16 @@ class TextEngine:
 
     def check(self, prompt: Prompt, where: str = "prompt") -> Checked:
         """Turn what a user gave into token ids. Raises RequestError, naming `where`, for anything unusable."""
-        given, salt = _open_dict(prompt, where) if isinstance(prompt, Mapping) else (prompt, "")
+        given, salt = open_dict(prompt, where) if isinstance(prompt, Mapping) else (prompt, "")
         if isinstance(given, str):
             return Checked(given, self._encode(given, where), salt)
         if not isinstance(given, Sequence) or isinstance(given, bytes):
-            raise RequestError(f"{where}: must be a string, a list of token ids or a dict, not {_short(given)}")
+            raise RequestError(f"{where}: must be a string, a list of token ids or a dict, not {short(given)}")
         if not given:
             raise RequestError(f"{where}: the prompt is empty; give at least one token")
         for position, token_id in enumerate(given):
             if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise RequestError(f"{where}: token id {_short(token_id)} at position {position} is not an integer")
+                raise RequestError(f"{where}: token id {short(token_id)} at position {position} is not an integer")
             if not 0 <= token_id < self.vocab_size:
                 size = self.vocab_size
                 raise RequestError(f"{where}: token id {token_id} at position {position} is not in 0..{size - 1}")
@@ -116,8 +115,7 @@ class TextEngine:
         """Queue a request with its n samples; all or none. Raises RequestError when it could never run."""
         self._check_params(params, priority)
         with self.lock:
-            number = next(self._numbers)
-            request_id = str(number) if request_id is None else request_id
+            number, request_id = self._named(request_id)
             seed = params.seed if params.seed is not None else self._seed_of(number)
             samples = [self._sample(request_id, index, prompt, params, seed, priority) for index in range(params.n)]
             generation = Generation(request_id, prompt, samples, self.tokenizer, on_update)
@@ -140,10 +138,10 @@ class TextEngine:
         """
         require_integers(index=index, seed=seed)
         with self.lock:
-            if not 0 <= index < len(generation.samples):
+            if index is None or not 0 <= index < len(generation.samples):
                 raise RequestError(f"fork: sample {index} is not one of the {len(generation.samples)} there are")
-            sample, number = generation.samples[index], next(self._numbers)
-            request_id = str(number) if request_id is None else request_id
+            sample = generation.samples[index]
+            number, request_id = self._named(request_id)
             request = self.engine.fork(sample.request.id, request_id, self._seed_of(number) if seed is None else seed)
             child = Generation(request_id, generation.prompt, [sample.fork(request)], self.tokenizer, on_update)
             child.prompt_logprobs.extend(generation.prompt_logprobs)
@@ -207,7 +205,19 @@ class TextEngine:
 
     def new_id(self) -> str:
         """A number that no request was given before."""
-        return str(next(self._numbers))
+        return self._named(None)[1]
+
+    def _named(self, request_id: str | None) -> tuple[int, str]:
+        """A running number, and the id: the caller's, or that number. Raises RequestError for an id in use."""
+        in_use = {generation.request_id for generation in self._generations.values()} | self.engine.requests.keys()
+        if request_id is None:
+            number = next(number for number in self._numbers if str(number) not in in_use)
+            return number, str(number)
+        if not isinstance(request_id, str) or not request_id:
+            raise RequestError(f"request_id must be a string that is not empty, not {short(request_id)}")
+        if request_id in in_use:
+            raise RequestError(f"request {request_id}: its id is in use; give each request an id of its own")
+        return next(self._numbers), request_id
 
     @property
     def has_work(self) -> bool:
@@ -224,9 +234,9 @@ class TextEngine:
 
     def _check_params(self, params: SamplingParams, priority: int) -> None:
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params must be SamplingParams, not {_short(params)}")
+            raise RequestError(f"sampling_params must be SamplingParams, not {short(params)}")
         if not isinstance(priority, int):
-            raise RequestError(f"priority must be an integer (lower runs first), not {_short(priority)}")
+            raise RequestError(f"priority must be an integer (lower runs first), not {short(priority)}")
         for name, num_top in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
             if num_top is not None and num_top > self.vocab_size:
                 raise RequestError(f"{name} of {num_top} is more than the {self.vocab_size} tokens of {self.model}")
@@ -272,29 +282,3 @@ class TextEngine:
     def _seed_of(self, number: int) -> int:
         """A seed of its own for each request that was given none."""
         return self.seed * 1_000_003 + number * 1_009
-
-
-def _open_dict(prompt: Mapping[str, object], where: str) -> tuple[object, str]:
-    """vLLM's dict prompts: the text or the token ids, and the namespace for the prefix cache."""
-    salt = prompt.get("cache_salt") or ""
-    if not isinstance(salt, str) or not _is_unicode(salt):
-        raise RequestError(f"{where}: cache_salt must be a string of whole characters, not {_short(salt)}")
-    for key in ("prompt_token_ids", "prompt"):
-        if key in prompt:
-            return prompt[key], salt
-    raise RequestError(f"{where}: the dict needs 'prompt' or 'prompt_token_ids', it has {sorted(map(str, prompt))}")
-
-
-def require_unicode(text: str, where: str) -> None:
-    """Refuse what no tokenizer and no hash can encode."""
-    if not _is_unicode(text):
-        raise RequestError(f"{where}: the text holds half a surrogate pair, which is no character; remove it")
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _short(value: object) -> str:
-    text = " ".join(repr(value).split())  # arrays print on several lines
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 
 from minivllm import LLM, AsyncEngine, RequestOutput, SamplingParams
 from minivllm.engine.plan import StepPlan, StepResult
-from minivllm.errors import RequestError
+from minivllm.errors import ConfigError, RequestError
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
 LONG = SamplingParams(temperature=0, max_tokens=400)
@@ -302,3 +304,42 @@ def test_waiting_for_news_can_time_out(llm: LLM) -> None:
         with pytest.raises(Empty):
             stream.result(timeout_s=0.01)
         stream.abort()
+
+
+def test_id_of_a_request_with_samples_is_in_use(llm: LLM) -> None:
+    with AsyncEngine(llm) as engine:
+        engine.add([1, 2], SamplingParams(n=2, max_tokens=100), request_id="q")
+        with pytest.raises(RequestError, match=r"^request q: its id is in use[^\n]+$"):
+            engine.add([1, 2], LONG, request_id="q")
+
+
+def test_number_that_a_caller_took_is_skipped(llm: LLM) -> None:
+    with AsyncEngine(llm) as engine:
+        engine.add([1, 2], LONG, request_id="3")
+        outputs = llm.generate([[1, 2]] * 5, SHORT, use_tqdm=False)
+    ids = [output.request_id for output in outputs]
+    assert len(set(ids)) == 5 and "3" not in ids
+
+
+@pytest.mark.parametrize("request_id", [7, "", ["a"]])
+def test_id_that_is_no_string_gets_one_line(llm: LLM, request_id: str) -> None:
+    with AsyncEngine(llm) as engine, pytest.raises(RequestError, match=r"^request_id must be a string[^\n]+$"):
+        engine.add([1, 2], SHORT, request_id=request_id)
+
+
+def test_what_is_no_llm_gets_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^AsyncEngine drives an LLM: [^\n]+$"):
+        AsyncEngine("smollm2-135m")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("left_open", ["AsyncEngine(llm).add(prompt, params)", "llm.stream(prompt, params)"])
+def test_script_that_ends_in_the_middle_ends_in_silence(left_open: str) -> None:
+    script = f"""
+from minivllm import LLM, AsyncEngine, SamplingParams
+llm = LLM("smollm2-135m", load_format="dummy", num_blocks=60, max_model_len=256, show_progress=False)
+prompt, params = [1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True, detokenize=False)
+results = iter({left_open})
+next(results)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -219,6 +219,9 @@ def test_unknown_policy_gets_one_line(name: str) -> None:
         ({"window": 8, "prefix_cache": "radix"}, "prefix_cache='hash'"),
         ({"window": 8, "eviction_policy": "lfu"}, "eviction_policy='lru'"),
         ({"aging_steps": 0}, "aging_steps"),
+        ({"num_host_blocks": -3}, "num_host_blocks must be at least 0"),
+        ({"num_host_blocks": None}, "num_host_blocks must be at least 0"),
+        ({"max_num_seqs": None}, "max_num_seqs"),
     ],
 )
 def test_policies_that_contradict_each_other_get_one_line(options: dict[str, Any], word: str) -> None:

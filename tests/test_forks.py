@@ -420,7 +420,7 @@ def test_what_cannot_be_forked_gets_one_line(llm: LLM) -> None:
     generation = begun(llm, HOT, 3)
     with pytest.raises(RequestError, match=r"^fork: sample 1 is not one of the 1 there are$"):
         llm.text_engine.fork(generation, index=1)
-    with pytest.raises(RequestError, match=r"^fork: the id '0' is in use[^\n]+$"):
+    with pytest.raises(RequestError, match=r"^request 0: its id is in use[^\n]+$"):
         llm.text_engine.fork(generation, request_id="0")
     finished(llm, generation)
     with pytest.raises(RequestError, match=r"^fork: no request '0' is here \(any more\)[^\n]+$"):

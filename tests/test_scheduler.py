@@ -5,7 +5,7 @@ import pytest
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError, RequestError
-from minivllm.events import Finished, Preempted, PrefixHit, Refused, StepRan, Waited
+from minivllm.events import Added, Finished, Preempted, PrefixHit, Refused, StepRan, Waited
 from minivllm.lab.fake_runner import FakeRunner, fake_engine, fake_request
 from minivllm.lab.invariants import check_drained, check_invariants
 from minivllm.request import Request, Status
@@ -390,3 +390,43 @@ def test_step_tells_what_a_request_had_stored_when_it_ended() -> None:
     while engine.has_work:
         engine.step()
     assert [event.scheduled for event in trace if isinstance(event, StepRan)] == [(("a", 5, 5),), (("a", 1, 6),)]
+
+
+def test_fork_in_the_middle_of_a_step_is_refused() -> None:
+    engine, runner = fake_engine()
+    engine.add(fake_request("a", range(5)))
+    refused: list[str] = []
+
+    def fork(plan: StepPlan) -> None:
+        with pytest.raises(RequestError, match="fork between two steps") as error:
+            engine.fork("a", "b")
+        refused.append(str(error.value))
+
+    runner.after = fork
+    engine.step()
+    assert len(refused) == 1 and list(engine.requests) == ["a"]
+
+
+def test_fork_with_tokens_of_its_own_shares_what_stands_before_them() -> None:
+    engine, _ = fake_engine()
+    trace = Trace()
+    engine.add(fake_request("a", range(9), max_tokens=6))
+    engine.step()
+    engine.events.listen(trace)
+    child = engine.fork("a", "b", token_ids=[7, 7], max_tokens=3)
+    added = trace.of(Added)[0]
+    assert isinstance(added, Added) and (added.num_prompt, added.max_tokens) == (9 + 1 + 2, 3)
+    assert child.block_ids == engine.requests["a"].block_ids
+    while engine.has_work:
+        engine.step()
+    assert child.num_output == 3
+    with pytest.raises(RequestError, match=r"^fork: no request 'a' is here[^\n]+$"):
+        engine.fork("a", "c")
+
+
+def test_fork_with_more_tokens_than_there_is_room_gets_one_line() -> None:
+    engine, _ = fake_engine()
+    engine.add(fake_request("a", range(9)))
+    with pytest.raises(RequestError, match=r"^fork: 9 tokens and 40 of its own leave no room[^\n]+$"):
+        engine.fork("a", "b", token_ids=[1] * 40)
+    engine.abort("a")

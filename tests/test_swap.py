@@ -121,3 +121,13 @@ def test_swap_space_is_in_gib_and_wrong_ones_get_one_line() -> None:
     for swap_space in (-1, True, "4", 10**6):
         with pytest.raises(ConfigError, match=r"^swap_space[^\n]*$"):
             LLM("smollm2-135m", load_format="dummy", num_blocks=20, swap_space=swap_space)  # type: ignore[arg-type]
+
+
+def test_host_blocks_that_no_machine_has_and_two_wishes_get_one_line() -> None:
+    for options, word in (
+        ({"num_host_blocks": 10**9}, "num_host_blocks=1000000000 would take"),
+        ({"num_host_blocks": 4, "swap_space": 0.1}, "give one of them"),
+        ({"allocator": "contiguous", "prefix_cache": "radix"}, "enable_prefix_caching=False"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^[^\n]*{word}[^\n]*$"):
+            LLM("smollm2-135m", load_format="dummy", num_blocks=20, **options)

@@ -1,5 +1,6 @@
 """The block map: every control, its twins, its thread, and that no text of a prompt becomes markup."""
 
+import gc
 import json
 import re
 import threading
@@ -251,3 +252,15 @@ def test_hostile_request_id_travels_as_text_only() -> None:
     picture = BlockMap.replay(small_trace()).drawn()
     assert any(owner["id"] == HOSTILE for owner in picture["owners"])
     assert "textContent" in script("block_map.js")
+
+
+@pytest.mark.parametrize(
+    ("trace", "word"), [(Trace(), "header needs a whole number"), ("x", "not str"), (None, "None")]
+)
+def test_what_is_no_trace_gets_one_line_and_leaves_no_widget(
+    trace: Trace, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MiniVLLMError, match=word):
+        BlockMap.replay(trace)
+    gc.collect()
+    assert capsys.readouterr().err == ""

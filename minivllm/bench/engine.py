@@ -5,6 +5,7 @@ Every figure is a ratio of times taken in turn within one process; the best of t
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from minivllm.llm import LLM
 from minivllm.provenance import provenance
 from minivllm.request import Request, SamplingParams
 from minivllm.runner.batch import build_batch
+from minivllm.text_files import write_text
 from minivllm.trace import Trace
 from minivllm.weights import find_model
 
@@ -49,12 +51,15 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--threads and --repeats must be at least 1, not {args.threads} and {args.repeats}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    if args.output and not os.access(args.output.parent, os.W_OK):  # before minutes of measuring
+        raise ConfigError(f"--output: {args.output.parent} is no folder that can be written; choose another")
     rows: list[Row] = []
     for part in args.parts.split(","):
         rows += PARTS[part](args)
     _print_table(rows)
     if args.output:
-        args.output.write_text(json.dumps({"provenance": provenance(args.seed), "rows": rows}, indent=1) + "\n")
+        facts = {"provenance": provenance(args.seed), "rows": rows}
+        write_text(args.output, json.dumps(facts, indent=1) + "\n", "figures")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from minivllm.events import StepRan
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
 from minivllm.request import Request, SamplingParams
+from minivllm.text_files import write_text
 
 Row = dict[str, object]
 NUM_RUNNING = 512
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of these four")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures and their provenance to this JSON file")
     args = parser.parse_args(argv)
     unknown = set(args.parts.split(",")) - set(PARTS)
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--parts: '{unknown.pop()}' is not one of {', '.join(PARTS)}")
     if args.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, not {args.repeats}")
+    if args.output and not os.access(args.output.parent, os.W_OK):  # before minutes of measuring
+        raise ConfigError(f"--output: {args.output.parent} is no folder that can be written; choose another")
     rows: list[Row] = []
     for part in args.parts.split(","):
         rows += PARTS[part](args)
@@ -51,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         figures = ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("what", "unit"))
         print(f"{row['what']} [{row['unit']}]: {figures}")
     if args.output:
-        args.output.write_text(json.dumps({"provenance": provenance(args.seed), "rows": rows}, indent=1) + "\n")
+        facts = {"provenance": provenance(args.seed), "rows": rows}
+        write_text(args.output, json.dumps(facts, indent=1) + "\n", "figures")
     return 0
 
 

@@ -14,6 +14,7 @@ from random import Random
 from statistics import median
 from time import perf_counter
 
+from minivllm.config import require_integers
 from minivllm.engine.block_pool import Block
 from minivllm.engine.eviction import Eviction
 from minivllm.engine.radix_cache import RadixCache, num_common
@@ -24,10 +25,16 @@ Prompts = Sequence[Sequence[int]]
 
 
 def achieved(prompts: Prompts, num_hit_tokens: Sequence[int]) -> float:
-    """The hit rate: tokens found, one count for each prompt, as a share of all prompt tokens."""
+    """The hit rate: tokens found, one count for each prompt, as a share of all prompt tokens.
+
+    Raises ConfigError for another number of counts than of prompts, and for a count that its prompt cannot have.
+    """
+    if len(num_hit_tokens) != len(prompts):
+        raise ConfigError(f"num_hit_tokens has {len(num_hit_tokens)} counts for {len(prompts)} prompts; give one each")
     total = sum(len(prompt) for prompt in prompts)
-    for prompt, num_hit in zip(prompts, num_hit_tokens, strict=True):
-        assert 0 <= num_hit <= len(prompt), f"{num_hit} hits in a prompt of {len(prompt)} tokens"
+    for index, (prompt, num_hit) in enumerate(zip(prompts, num_hit_tokens, strict=True)):
+        if not 0 <= num_hit <= len(prompt):
+            raise ConfigError(f"num_hit_tokens[{index}] must be 0 to {len(prompt)}, its prompt's tokens, not {num_hit}")
     return sum(num_hit_tokens) / total if total else 0.0
 
 
@@ -37,6 +44,7 @@ def optimum(prompts: Prompts, block_size: int = 1) -> float:
     By blocks only whole ones are found: optimum([[1, 2, 3, 4], [1, 2, 3, 9]]) == 3 / 8, with block_size=2 it is 2 / 8.
     An engine that always computes a prompt's last token (I7) stays below it where prompts repeat.
     """
+    _require_block_size(block_size)
     words = sorted(list(prompt) for prompt in prompts)  # the longest start shared with any before is that with the last
     shared = [num_common(before, word) // block_size * block_size for before, word in pairwise(words)]
     return achieved(words, [0, *shared][: len(words)])
@@ -77,6 +85,7 @@ def belady(prompts: Prompts, block_size: int, num_blocks: int) -> list[int]:
 
 def block_chains(prompts: Prompts, block_size: int) -> list[list[int]]:
     """Each prompt's full blocks, numbered by contents and prefix: [[1, 2], [1, 3]] -> [[0, 1], [0, 2]] (size 1)."""
+    _require_block_size(block_size)
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     chains: list[list[int]] = []
     for prompt in prompts:
@@ -147,6 +156,12 @@ def _match_ms(cache: RadixCache, request: Request) -> float:
     elapsed_ms = (perf_counter() - start_s) * 1e3
     assert hit.num_tokens >= (request.num_tokens - 1) // cache.block_size * cache.block_size
     return elapsed_ms
+
+
+def _require_block_size(block_size: int) -> None:
+    require_integers(block_size=block_size)
+    if block_size < 1:
+        raise ConfigError(f"block_size must be at least 1 token, not {block_size}")
 
 
 def _next_use(times: deque[int]) -> float:

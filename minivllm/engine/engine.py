@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -13,7 +13,7 @@ from minivllm.engine.scheduler import Scheduler
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
 from minivllm.events import Added, EventBus, Refused, StepRan
-from minivllm.request import Request
+from minivllm.request import Request, Status
 
 
 class Engine:
@@ -30,6 +30,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.last_result = StepResult({})
         self._num_arrived = 0
+        self._is_in_step = False
 
     @property
     def has_work(self) -> bool:
@@ -53,22 +54,29 @@ class Engine:
             )
         self.scheduler.add(request)
 
-    def fork(self, request_id: str, new_id: str, seed: int | None = None) -> Request:
+    def fork(
+        self,
+        request_id: str,
+        new_id: str,
+        seed: int | None = None,
+        *,
+        token_ids: Sequence[int] = (),
+        max_tokens: int | None = None,
+    ) -> Request:
         """Split a request in two, in any state: the new one has the same tokens and shares every block.
 
-        Raises RequestError for an unknown request and for an id that is in use.
+        With `token_ids` it goes on from those, and all that stands before its own output is its prompt. Raises
+        RequestError for an unknown request, an id in use, a prompt that is too long, and in the middle of a step.
         """
-        parent = self.requests.get(request_id)
-        if parent is None:
-            raise RequestError(f"fork: no request {request_id!r} is here (any more); fork before it finishes")
-        if new_id in self.requests:
-            raise RequestError(f"fork: the id {new_id!r} is in use; give each request an id of its own")
+        parent = self._parent(request_id, new_id, len(token_ids))
+        num_prompt = parent.num_tokens + len(token_ids) if token_ids else parent.num_prompt
+        room = self.config.max_model_len - num_prompt
         child = Request(
             id=new_id,
-            token_ids=list(parent.token_ids),
-            num_prompt=parent.num_prompt,
+            token_ids=[*parent.token_ids, *token_ids],
+            num_prompt=num_prompt,
             params=parent.params,
-            max_tokens=parent.max_tokens,
+            max_tokens=min(parent.max_tokens if max_tokens is None else max_tokens, room),
             seed=parent.seed if seed is None else seed,
             priority=parent.priority,
             salt=parent.salt,
@@ -80,9 +88,14 @@ class Engine:
         return child
 
     def append(self, request_id: str, token_id: int) -> None:
-        """Give a steered request, whose logits were delivered, its next token; it may end the request."""
-        request = self.requests[request_id]
-        assert request.is_steered, f"request {request_id} chooses its own tokens"
+        """Give a steered request, whose logits were delivered, its next token; it may end the request.
+
+        Raises RequestError for a request that is not here, that chooses its own tokens, or whose logits are to come.
+        """
+        request = self.requests.get(request_id)
+        is_computing = request is not None and request.status is Status.RUNNING and not request.is_held
+        if request is None or not request.is_steered or is_computing:
+            raise RequestError(f"append: request {request_id!r} does not wait for a token from outside")
         self.scheduler.append(request, [token_id])
         if request.is_finished:
             del self.requests[request_id]
@@ -98,12 +111,15 @@ class Engine:
         scheduled = tuple((r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled)
         is_stuck = not plan.scheduled and not plan.preempted and not all(r.is_held for r in self.requests.values())
         assert not is_stuck, "I15: requests wait and nothing can run"
+        self._is_in_step = True
         try:
             self.last_result = self.runner.run(plan)
         except Exception:
             for request, _ in plan.scheduled:
                 self.finish(request.id, "abort")
             raise
+        finally:
+            self._is_in_step = False
         ran_s = time.perf_counter()
         advanced = self.scheduler.update(plan, self.last_result)
         for request in advanced:
@@ -126,7 +142,10 @@ class Engine:
         return self.finish(request_id, "abort")
 
     def state_hash(self) -> str:
-        """One short string for all that decides the future: queues, tables, owners, cache, order of the free list."""
+        """One short string for what steps change: queues, tables, owners, cache, order of the free list.
+
+        What a request asked for (params, seed, max_tokens) never changes and is not in it.
+        """
         pool, digest = self.kv.pool, xxhash.xxh3_64()
         for queue in (self.scheduler.running, self.scheduler.waiting):
             for r in queue:
@@ -142,6 +161,22 @@ class Engine:
         digest.update(array("q", pool.free_ids()).tobytes())
         digest.update(array("q", [use for b in pool.blocks for use in (b.num_hits, b.last_used, b.priority)]).tobytes())
         return digest.hexdigest()
+
+    def _parent(self, request_id: str, new_id: str, num_own: int) -> Request:
+        """The request to fork; see `fork` for what is refused."""
+        parent = self.requests.get(request_id)
+        if parent is None:
+            raise RequestError(f"fork: no request {request_id!r} is here (any more); fork before it finishes")
+        if new_id in self.requests:
+            raise RequestError(f"fork: the id {new_id!r} is in use; give each request an id of its own")
+        if self._is_in_step:
+            raise RequestError(f"fork: a step is computing {request_id!r}; fork between two steps")
+        if num_own and parent.num_tokens + num_own >= self.config.max_model_len:
+            raise RequestError(
+                f"fork: {parent.num_tokens} tokens and {num_own} of its own leave no room for one new token in "
+                f"max_model_len {self.config.max_model_len}; give fewer"
+            )
+        return parent
 
     def _register(self, request: Request) -> None:
         self._num_arrived += 1

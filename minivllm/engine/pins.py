@@ -23,26 +23,39 @@ class Pins:
         Raises RequestError for a name in use, for a prefix that is not cached, and when what is left of the pool could
         not hold one request of max_model_len.
         """
-        if name in self.blocks_of:
-            raise RequestError(f"pin {name!r}: the name is in use; unpin it first")
+        self.require_room(name, 0)
         probe = Request("", [*token_ids, -1], len(token_ids), SamplingParams(), 1, salt=salt)
         blocks = self._kv.match(probe).without_part(self._kv.block_size).blocks
         if not blocks:
             raise RequestError(
                 f"pin {name!r}: no full block of these {len(token_ids)} tokens is cached; run them first"
             )
-        pinned = {block for blocks_of_name in self.blocks_of.values() for block in blocks_of_name} | set(blocks)
-        num_left = self._kv.pool.num_usable - len(pinned)
-        if num_left < blocks_needed(self._kv.config.max_model_len, self._kv.block_size):
-            raise RequestError(
-                f"pin {name!r}: with {len(pinned)} blocks pinned a request of max_model_len would never fit; "
-                "unpin another prefix or raise the KV pool"
-            )
+        self._require_rest(name, len(self._pinned() | {block.id for block in blocks}))
         for block in blocks:
             self._kv.share(block)
         self.blocks_of[name] = blocks
         self._kv.events.emit(Pinned(self._kv.step, name, tuple(block.id for block in blocks)))
         return len(blocks) * self._kv.block_size
+
+    def require_room(self, name: str, num_tokens: int) -> None:
+        """Raise RequestError when a pin of this name and of `num_tokens` new tokens could never be."""
+        if not isinstance(name, str) or not name:
+            raise RequestError(f"pin: the name must be a string that is not empty, not {name!r}")
+        if name in self.blocks_of:
+            raise RequestError(f"pin {name!r}: the name is in use; unpin it first")
+        self._require_rest(name, num_tokens // self._kv.block_size)
+
+    def _require_rest(self, name: str, num_pinned: int) -> None:
+        """What is not pinned must hold one request of max_model_len."""
+        num_left, longest = self._kv.pool.num_usable - num_pinned, self._kv.config.max_model_len
+        if num_left < blocks_needed(longest, self._kv.block_size):
+            raise RequestError(
+                f"pin {name!r}: with {num_pinned} blocks pinned a request of max_model_len {longest} would never fit; "
+                "lower max_model_len, unpin another prefix or give more blocks"
+            )
+
+    def _pinned(self) -> set[int]:
+        return {block.id for blocks in self.blocks_of.values() for block in blocks}
 
     def blocks_of_ids(self) -> dict[str, list[int]]:
         """Names and the ids of the blocks they own."""
@@ -50,7 +63,7 @@ class Pins:
 
     def unpin(self, name: str) -> None:
         """Let a pinned prefix go; it stays cached until it is evicted. Raises RequestError for an unknown name."""
-        if name not in self.blocks_of:
+        if not isinstance(name, str) or name not in self.blocks_of:
             raise RequestError(f"unpin {name!r}: nothing is pinned under this name; known: {sorted(self.blocks_of)}")
         blocks = self.blocks_of.pop(name)
         self._kv.events.emit(Unpinned(self._kv.step, name, tuple(block.id for block in blocks)))

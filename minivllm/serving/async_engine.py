@@ -5,12 +5,14 @@ interrupted cell, a forgotten engine or a restarted kernel leaves no thread behi
 """
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from queue import SimpleQueue
+from weakref import WeakSet
 
-from minivllm.errors import RequestError
+from minivllm.errors import ConfigError, RequestError
 from minivllm.interrupts import held_interrupts
 from minivllm.llm import LLM
 from minivllm.outputs import RequestOutput
@@ -85,11 +87,24 @@ class Stream:
         self._outputs.put(generation.error or generation.output())
 
 
+_OPEN: "WeakSet[AsyncEngine]" = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that still computes when the interpreter ends would take the process down with it."""
+    for engine in list(_OPEN):
+        engine.close()
+
+
 class AsyncEngine:
     """Drives an LLM's engine in a background thread. Use it as a context manager, or call `close` when done."""
 
     def __init__(self, llm: LLM) -> None:
+        if not isinstance(llm, LLM):
+            raise ConfigError(f"AsyncEngine drives an LLM: AsyncEngine(LLM(...)), not {type(llm).__name__}")
         self.llm = llm
+        _OPEN.add(self)
         self._guard = threading.Lock()
         self._worker: threading.Thread | None = None
         self._streams: dict[str, Stream] = {}
@@ -119,7 +134,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> bool:
         """Drop a request by its id; False when it is unknown or finished."""
-        stream = self._streams.get(request_id)
+        stream = self._streams.get(str(request_id))
         if stream is None or stream.is_finished:
             return False
         stream.abort()

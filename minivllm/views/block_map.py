@@ -13,6 +13,7 @@ from minivllm.events import Event, EventBus
 from minivllm.trace import Trace
 from minivllm.views.block_map_picture import BlockMapPicture, draw, provenance
 from minivllm.views.block_map_png import block_map_image
+from minivllm.views.pool_fold import PoolFold
 from minivllm.views.pool_state import PoolState
 from minivllm.views.sources import LiveSource, Source, TraceSource
 from minivllm.views.widget import View, script, whole_number
@@ -46,12 +47,16 @@ class BlockMap(View):
     @staticmethod
     def follow(bus: EventBus, header: Mapping[str, object], past: Iterable[Event] = ()) -> "BlockMap":
         """Draw a pool while it works; `past` are events from before, if any blocks are taken already."""
+        PoolFold(header)  # refuse a wrong header before there is a widget to take down again
         return BlockMap(lambda wake: LiveSource(bus, header, past, wake))
 
     @staticmethod
     def replay(trace: Trace) -> "BlockMap":
         """Draw a recorded run, at any of its steps."""
-        return BlockMap(lambda wake: TraceSource(trace))
+        if not isinstance(trace, Trace):
+            raise MiniVLLMError(f"BlockMap.replay draws a Trace (Trace.load(path)), not {type(trace).__name__}")
+        source = TraceSource(trace)
+        return BlockMap(lambda wake: source)
 
     def watch(self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event] = ()) -> None:
         """Turn to another engine: a new one, of another block size."""
