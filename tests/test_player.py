@@ -16,11 +16,13 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError, MiniVLLMError
+from minivllm.events import Added, Event, StepRan
 from minivllm.lab.fake_runner import FakeRunner, fake_request
 from minivllm.lab.invariants import check_drained, check_invariants
 from minivllm.lab.played import Outcome, Percentiles, Played, percentile
 from minivllm.lab.player import CpuClock, VirtualClock, play
 from minivllm.request import Request
+from minivllm.trace import Trace
 from minivllm.workloads import (
     Arrival,
     Workload,
@@ -139,6 +141,19 @@ def test_forks_share_what_their_parent_has_computed() -> None:
             assert theatre.tokens[arrival.id][: -arrival.num_output] == history
 
 
+def test_the_events_of_a_branch_tell_its_own_lengths() -> None:
+    theatre, trace = Theatre(), Trace()
+    theatre.engine.events.listen(trace)
+    branch, bare = (
+        Arrival("b", 0.0, (7, 7), 4, fork_of="a", fork_at=2),
+        Arrival("c", 0.0, (), 4, fork_of="a", fork_at=2),
+    )
+    played = theatre.play(Workload("branch", 0, (one(output=6), branch, bare)))
+    added = {event.request_id: (event.num_prompt, event.max_tokens) for event in trace if isinstance(event, Added)}
+    assert added == {"a": (5, 6), "b": (5 + 2 + 2, 4), "c": (5 + 2, 4)}
+    assert [(o.num_prompt, o.num_output) for o in played.outcomes] == list(added.values())
+
+
 def test_a_late_branch_goes_on_from_the_same_tokens() -> None:
     late = Arrival("late", 9.0, (7, 7), 3, fork_of="a", fork_at=2)
     soon = Arrival("soon", 0.0, (7, 7), 3, fork_of="a", fork_at=2)
@@ -174,6 +189,40 @@ def test_priorities_and_salts_reach_the_engine() -> None:
     played = Theatre(scheduling_policy="priority", max_num_seqs=1).play(Workload("order", 0, arrivals))
     assert played.outcomes[1].finished_s < played.outcomes[0].first_token_s
     assert [o.num_cached for o in played.outcomes] == [0, 0]
+
+
+def abort_after(event: Event, engine: Engine) -> None:
+    if isinstance(event, StepRan):
+        engine.abort("gone")
+
+
+@pytest.mark.parametrize("is_in_step", [True, False])
+def test_an_outside_abort_counts_as_refused_with_who_needed_its_tokens(is_in_step: bool) -> None:
+    theatre = Theatre()
+    arrivals = (one("gone"), one("turn", after="gone", continues=True), one("user", after="gone"), one("fine"))
+
+    def abort(plan: StepPlan) -> None:
+        theatre.tick(plan)
+        theatre.engine.abort("gone")
+
+    if is_in_step:
+        theatre.runner.after = abort
+    else:
+        theatre.engine.events.listen(lambda event: abort_after(event, theatre.engine))
+    played = theatre.play(Workload("aborted", 0, arrivals))
+    assert [(refusal.id, refusal.reason) for refusal in played.refusals] == [
+        ("gone", "request gone: aborted from outside while it was played"),
+        ("turn", "request turn: goes on from gone, which was refused"),
+    ]
+    assert [o.id for o in played.outcomes] == ["user", "fine"]
+    check_drained(theatre.engine)
+
+
+def test_when_all_are_aborted_the_run_ends() -> None:
+    theatre = Theatre()
+    theatre.runner.after = lambda plan: [theatre.engine.abort(id_) for id_ in list(theatre.engine.requests)]  # type: ignore[assignment]
+    played = theatre.play(Workload("aborted", 0, (one("a"), one("b"))))
+    assert [refusal.id for refusal in played.refusals] == ["a", "b"] and not played.outcomes
 
 
 def test_ctrl_c_leaves_the_engine_empty() -> None:
@@ -219,6 +268,13 @@ def test_two_clocks_and_a_busy_engine_are_refused() -> None:
     theatre.engine.add(fake_request("busy", [1, 2, 3]))
     with pytest.raises(ConfigError, match="1 requests are in the engine"):
         theatre.play(KINDS["open loop"])
+
+
+def test_what_is_no_workload_and_no_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^play: needs a Workload and an Engine, and was given a str$"):
+        play("x", Theatre().engine)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"was given a str$"):
+        play(KINDS["chats"], "x")  # type: ignore[arg-type]
 
 
 def test_json_keeps_the_run(tmp_path: Path) -> None:

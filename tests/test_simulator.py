@@ -1,5 +1,6 @@
 """What if: the engine's own decisions in fitted time, held to runs the fit never saw, refused outside its range."""
 
+import re
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from minivllm.events import StepRan
 from minivllm.lab.cost_model import (
     NAMES,
     CostModel,
+    EngineShape,
     Features,
     Machine,
     Sample,
@@ -38,6 +40,7 @@ from minivllm.lab.simulator import (
     simulate,
     study,
     what_if,
+    what_if_table,
 )
 from minivllm.lab.step_recordings import (
     HELD_OUT,
@@ -50,9 +53,10 @@ from minivllm.lab.step_recordings import (
     record_runs,
 )
 from minivllm.trace import Trace
-from minivllm.workloads import Workload, agents, chats, fixed, open_loop, poisson, uniform
+from minivllm.workloads import Lengths, Workload, agents, chats, fixed, open_loop, poisson, uniform
 
 HERE = Machine("here", gb_per_s=10.0, tflops=0.1)
+SHAPE = EngineShape(block_size=4, window=None, allocator="paged")
 THERE = Machine("there", gb_per_s=20.0, tflops=1.0)
 PRICES_MS = (20.0, 1.0, 5.0, 0.5, 0.25, 0.001, 0.01, 0.02, 0.03, 0.04)
 MOST = 10**6
@@ -78,7 +82,7 @@ def config_of(**options: Any) -> EngineConfig:
 def made_up(prices_ms: tuple[float, ...] = PRICES_MS, most: int = MOST) -> CostModel:
     """A model whose prices are given and not fitted."""
     terms = tuple(Term(name, ms, 0, most) for name, ms in zip(NAMES, prices_ms, strict=True))
-    return CostModel(terms, 100, 0.0, HERE, {"model": "made up", "clock": "none"})
+    return CostModel(terms, 100, 0.0, HERE, SHAPE, {"model": "made up", "clock": "none"})
 
 
 def random_features(random: Random) -> Features:
@@ -101,7 +105,7 @@ def test_nnls_meets_the_conditions_of_an_optimum(seed: int) -> None:
 def test_a_fit_finds_the_prices_that_made_the_steps() -> None:
     random = Random(0)
     features = [random_features(random) for _ in range(200)]
-    fitted = fit([Sample(f, made_up().predict_ms(f)) for f in features], HERE, {})
+    fitted = fit([Sample(f, made_up().predict_ms(f)) for f in features], HERE, SHAPE, {})
     assert [term.ms for term in fitted.terms] == pytest.approx(PRICES_MS, rel=1e-6)
     assert fitted.mean_error < 1e-9
 
@@ -110,7 +114,7 @@ def test_steps_that_others_delayed_do_not_push_the_prices_down() -> None:
     random = Random(0)
     features = [random_features(random) for _ in range(2000)]
     noisy = [Sample(f, made_up().predict_ms(f) * random.choice((0.5, 1.5))) for f in features]
-    fitted = fit(noisy, HERE, {})
+    fitted = fit(noisy, HERE, SHAPE, {})
     ratios = [fitted.predict_ms(f) / made_up().predict_ms(f) for f in features]
     assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.02)
 
@@ -119,9 +123,9 @@ def test_too_few_steps_and_steps_without_time_are_refused() -> None:
     random = Random(0)
     samples = [Sample(random_features(random), 1.0) for _ in range(60)]
     with pytest.raises(ConfigError, match="49 steps are too few for 10 prices"):
-        fit(samples[:49], HERE, {})
+        fit(samples[:49], HERE, SHAPE, {})
     with pytest.raises(ConfigError, match="took no time"):
-        fit([*samples, replace(samples[0], ms=0.0)], HERE, {})
+        fit([*samples, replace(samples[0], ms=0.0)], HERE, SHAPE, {})
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -163,7 +167,9 @@ def test_one_request_takes_the_sum_of_its_steps() -> None:
 def test_a_step_outside_the_measured_counts_is_refused_in_one_line() -> None:
     model = made_up(most=40)
     workload = open_loop(1, fixed(50, 5))
-    text = r"the cost model was fitted on chunk_tokens from 0 to 40 and a step has 50: lower the rate, .*"
+    text = (
+        r"the cost model was fitted on chunk_tokens from 0 to 40 and a step has 50: one prompt makes it at any rate: .*"
+    )
     with pytest.raises(ConfigError, match=text) as caught:
         simulate(workload, config_of(), model)
     assert "\n" not in str(caught.value)
@@ -199,11 +205,77 @@ def test_the_busier_the_later_until_it_cannot_be_said() -> None:
     assert rows[2].played is None and "a step has" in rows[2].reason
 
 
+@pytest.mark.parametrize(
+    ("counts", "advice"),
+    [
+        ({"chunks": 1, "products": 99}, "one prompt makes it at any rate: lower max_num_batched_tokens, or record"),
+        ({"chunks": 1, "chunk_kv": 99}, "one request makes it at any rate: shorten the requests, or record"),
+        ({"singles": 1, "single_kv": 99}, "one request makes it at any rate: shorten the requests, or record"),
+        ({"chunks": 2, "products": 99}, "lower the rate, max_num_seqs or max_num_batched_tokens, or record"),
+    ],
+)
+def test_a_lower_rate_is_advised_only_where_it_helps(counts: dict[str, int], advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"a step has 99: {advice}"):
+        made_up(most=40).require_within_range(replace(Features(*[0] * 9), **counts))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"block_size": 8}, "fitted on block_size=4, not 8: set block_size=4, or record"),
+        ({"window": 50}, "fitted on window=None, not 50"),
+        ({"allocator": "buddy", "enable_prefix_caching": False}, "fitted on allocator='paged', not 'buddy'"),
+    ],
+)
+def test_an_engine_of_another_shape_is_refused(options: dict[str, Any], text: str) -> None:
+    for ask in (
+        lambda: simulate(WORKLOADS["chats"], config_of(**options), made_up(), is_guessing=True),
+        lambda: what_if((1.0,), config_of(**options), made_up(), show_progress=False),
+    ):
+        with pytest.raises(ConfigError, match=text) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("roof", ["a", None, True, 0, float("nan")])
+def test_a_machine_needs_two_numbers(roof: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^machine x: gb_per_s must be a finite number above 0, not "):
+        Machine("x", roof, 1)
+
+
+def table_of(rates_per_s: tuple[float, ...], lengths: Lengths, num_requests: int = 40) -> list[str]:
+    model, config = made_up(), config_of()
+    rows = what_if(rates_per_s, config, model, lengths=lengths, num_requests=num_requests, seed=3, show_progress=False)
+    return what_if_table(rows, model).splitlines()
+
+
+def test_the_table_counts_refused_requests_and_leaves_undefined_times_out() -> None:
+    assert table_of((1.0,), uniform(80, 120))[-1].split()[1] not in ("0", "40")
+    assert table_of((1.0,), fixed(20, 1))[-1].split()[-2:] == ["-", "-"]
+    assert re.match(
+        r"      1        40  all refused, the first: request \S+: 190 prompt and 50 output tokens are more than "
+        r"max_model_len 200; .*", table_of((1.0,), fixed(190, 50))[-1]
+    )  # fmt: skip
+
+
+def test_the_table_says_what_it_played_and_where_its_model_comes_from() -> None:
+    text = "\n".join(table_of((1.0,), SMALL))
+    assert "played: 40 requests, lengths uniform 3..30, Poisson arrivals, seed 3\nengine: 300 blocks of 4" in text
+    assert "p99" not in text
+    saved = what_if_table([], load_model())
+    assert all(f"{load_model().provenance[name]}" in saved for name in ("commit", "machine", "command"))
+
+
+def test_rates_beyond_capacity_are_marked() -> None:
+    slow, fast, note = table_of((0.1, 1000.0), fixed(20, 20), num_requests=2000)[-3:]
+    assert slow.startswith("    0.1 ") and fast.startswith("   1000*") and note.startswith("* beyond capacity: ")
+
+
 def test_a_model_survives_json() -> None:
     assert CostModel.from_json(made_up().to_json()) == made_up()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"minivllm_cost_model": 1, "terms": []}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"minivllm_cost_model": 2, "terms": []}'])
 def test_what_is_no_model_is_refused(text: str) -> None:
     with pytest.raises(MiniVLLMError, match=r"not a cost model .*; fit it again"):
         CostModel.from_json(text)
@@ -218,7 +290,7 @@ def test_runs_are_recorded_from_a_real_model(
     assert recording.spec == spec and recording.provenance["clock"] == "cpu"
     assert [o.num_output for o in recording.played.outcomes] == [a.num_output for a in spec.workload().arrivals]
     assert len(recording.samples) == recording.played.num_steps
-    model = fit(recording.samples, recording.machine, recording.provenance)
+    model = fit(recording.samples, recording.machine, EngineShape.of(spec.config()), recording.provenance)
     model.require_within_range(recording.samples[0].features)
     assert run_errors(model, recording, is_guessing=True).keys() == MEASURES.keys()
 

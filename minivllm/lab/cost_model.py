@@ -6,19 +6,22 @@
     single_kv   tokens whose K and V singles read                 chunk_kv        the same for chunks
     cleared     tokens of fresh blocks, set to zero               moved           tokens copied or swapped
 
-The prices are fitted to measured steps, so they hold for one model, machine and number of threads, and only where all
-counts were seen: `require_within_range`. Counts that grow together (singles, logits) share one price in any proportion,
-so the sum is to be believed and a single price is not. What was never seen has no price: to predict swaps, record some.
+The prices are fitted to measured steps, so they hold for one model, machine, number of threads and EngineShape, and
+only where all counts were seen: `require_shape`, `require_within_range`. Counts that grow together (singles, logits)
+share one price in any proportion, so the sum is to be believed and a single price is not. What was never seen has no
+price: to predict swaps, record some.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from math import inf
 from typing import ClassVar
 
 import numpy as np
 
 from minivllm.engine.plan import StepPlan, needs_token
+from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError, MiniVLLMError
 from minivllm.events import (
     BlockCopied,
@@ -67,6 +70,19 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineShape:
+    """What changes the work of a step beyond what its counts tell."""
+
+    block_size: int
+    window: int | None
+    allocator: str
+
+    @staticmethod
+    def of(config: EngineConfig) -> "EngineShape":
+        return EngineShape(config.block_size, config.window, config.allocator)
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """The two roofs of a machine."""
 
@@ -75,8 +91,10 @@ class Machine:
     tflops: float
 
     def __post_init__(self) -> None:
-        if not (self.gb_per_s > 0 and self.tflops > 0):
-            raise ConfigError(f"machine {self.name}: gb_per_s and tflops must be above 0")
+        for name in ("gb_per_s", "tflops"):
+            roof = getattr(self, name)
+            if isinstance(roof, bool) or not isinstance(roof, int | float) or not 0 < roof < inf:
+                raise ConfigError(f"machine {self.name}: {name} must be a finite number above 0, not {roof!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +115,12 @@ class CostModel:
     num_steps: int
     mean_error: float  # |predicted / measured - 1| of a step, over those it was fitted to
     machine: Machine
+    shape: EngineShape  # of the engine that was measured
     provenance: dict[str, object]
     run_errors: dict[str, float] = field(default_factory=dict)  # of whole runs that the fit did not see, by measure
     extrapolated_from: str | None = None  # the machine that was measured, when this is not it
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     def predict_ms(self, features: Features) -> float:
         """Milliseconds of a step; see `require_within_range` for whether to believe it."""
@@ -113,7 +132,17 @@ class CostModel:
             if not term.low * (1 - margin) <= count <= term.high * (1 + margin):
                 raise ConfigError(
                     f"the cost model was fitted on {term.name} from {term.low} to {term.high} and a step has {count}: "
-                    "lower the rate, max_num_seqs or max_num_batched_tokens, or record runs that reach this"
+                    + _advice(term.name, features)
+                )
+
+    def require_shape(self, config: EngineConfig) -> None:
+        """Raise ConfigError for an engine of another shape than the one that was measured."""
+        wanted, fitted = asdict(EngineShape.of(config)), asdict(self.shape)
+        for name, value in fitted.items():
+            if wanted[name] != value:
+                raise ConfigError(
+                    f"the cost model was fitted on {name}={value!r}, not {wanted[name]!r}: "
+                    f"set {name}={value!r}, or record runs with the other"
                 )
 
     def to_json(self) -> str:
@@ -129,9 +158,19 @@ class CostModel:
             terms = tuple(Term(**term) for term in document.pop("terms"))
             if tuple(term.name for term in terms) != NAMES:
                 raise ValueError("other terms")
-            return CostModel(terms=terms, machine=Machine(**document.pop("machine")), **document)
+            machine, shape = Machine(**document.pop("machine")), EngineShape(**document.pop("shape"))
+            return CostModel(terms=terms, machine=machine, shape=shape, **document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MiniVLLMError(f"not a cost model ({' '.join(str(error).split())[:200]}); fit it again") from error
+
+
+def _advice(name: str, features: Features) -> str:
+    """What brings a count back into the range: no rate lowers what a single request brings along."""
+    if name in ("chunk_tokens", "products") and features.chunks == 1:
+        return "one prompt makes it at any rate: lower max_num_batched_tokens, or record runs with longer prompts"
+    if (name, 1) in (("chunk_kv", features.chunks), ("single_kv", features.singles)):
+        return "one request makes it at any rate: shorten the requests, or record runs with longer ones"
+    return "lower the rate, max_num_seqs or max_num_batched_tokens, or record runs that reach this"
 
 
 def features_of(plan: StepPlan, block_size: int) -> Features:
@@ -183,7 +222,7 @@ def _count(ends: Sequence[tuple[int, int]], logits: int, cleared: int, moved: in
     )
 
 
-def fit(samples: Sequence[Sample], machine: Machine, provenance: dict[str, object]) -> CostModel:
+def fit(samples: Sequence[Sample], machine: Machine, shape: EngineShape, provenance: dict[str, object]) -> CostModel:
     """Least squares of the relative error, prices not negative. Raises ConfigError for too few steps.
 
     Relative to the prediction, in a few rounds: relative to the measurement, a step that some other process delayed
@@ -204,7 +243,7 @@ def fit(samples: Sequence[Sample], machine: Machine, provenance: dict[str, objec
         for name, price, column in zip(NAMES, prices, counts.T, strict=True)
     )
     mean_error = float(np.abs(counts @ prices / measured - 1).mean())
-    return CostModel(terms, len(samples), mean_error, machine, provenance)
+    return CostModel(terms, len(samples), mean_error, machine, shape, provenance)
 
 
 def scaled(model: CostModel, target: Machine, extrapolate: bool = False) -> CostModel:

@@ -15,7 +15,7 @@ from minivllm.engine.engine import Engine
 from minivllm.errors import ConfigError, RequestError
 from minivllm.interrupts import held_interrupts
 from minivllm.lab.played import Outcome, Played, Refusal, hash_of
-from minivllm.request import Request, SamplingParams, Status
+from minivllm.request import Request, SamplingParams
 from minivllm.workloads import Arrival, Workload
 
 LONGEST_NAP_S = 0.02  # between looks at Ctrl-C while nobody is there
@@ -80,8 +80,12 @@ def play(workload: Workload, engine: Engine, clock: Clock | None = None, show_pr
     Without `clock` on the wall clock, as an engine is built. With one, which the engine must have too, on that: with
     a VirtualClock `runner.after = lambda plan: clock.advance(0.01)` makes each step of a fake runner 10 ms.
     Ctrl-C, between two steps, drops all that runs and leaves the engine empty.
-    Raises ConfigError for an engine that is not idle or has another clock.
+    A request that others abort meanwhile counts as refused.
+    Raises ConfigError for what is no workload or engine, and for an engine that is not idle or has another clock.
     """
+    for given, kind in ((workload, Workload), (engine, Engine)):
+        if not isinstance(given, kind):
+            raise ConfigError(f"play: needs a Workload and an Engine, and was given a {type(given).__name__}")
     if engine.has_work:
         raise ConfigError(f"play: {len(engine.requests)} requests are in the engine; finish or abort them first")
     if engine.clock is not (time.monotonic if clock is None else clock):
@@ -93,6 +97,7 @@ def play(workload: Workload, engine: Engine, clock: Clock | None = None, show_pr
             bar.set_description(workload.name)
             while stage.num_open:
                 stage.admit()
+                stage.drop_aborted()
                 if engine.has_work:
                     stage.step()
                 elif stage.num_open:
@@ -119,6 +124,7 @@ class _Stage:
         self._followers: dict[str, list[int]] = defaultdict(list)  # by the id of the request they come after
         self._branches: dict[str, list[int]] = defaultdict(list)  # by the id of the request they fork off
         self._requests: dict[str, Request] = {}
+        self._live: dict[str, Arrival] = {}  # in the engine, as far as the player knows
         self._outcomes: dict[str, Outcome] = {}
         self._refusals: list[Refusal] = []
         for index, arrival in enumerate(workload.arrivals):
@@ -142,8 +148,15 @@ class _Stage:
             parent = self._requests.get(arrival.after or arrival.fork_of or "")
             try:
                 self._requests[arrival.id] = self._add(arrival, parent, due_s)
+                self._live[arrival.id] = arrival
             except RequestError as error:
                 self._refuse(arrival, str(error))
+
+    def drop_aborted(self) -> None:
+        """Refuse whoever left the engine by another hand than the player's."""
+        for arrival in [each for each in self._live.values() if each.id not in self.engine.requests]:
+            del self._live[arrival.id]
+            self._refuse(arrival, f"request {arrival.id}: aborted from outside while it was played")
 
     def step(self) -> None:
         """Advance the engine; forks come off their parents before the next step, followers when those have ended."""
@@ -156,7 +169,7 @@ class _Stage:
                 if request.num_output >= (self.workload.arrivals[index].fork_at or 0):
                     self._branches[request.id].remove(index)
                     self._expect(index, now_s)
-            if request.is_finished:
+            if request.is_finished and request.finish_reason != "abort":
                 self._close(request)
 
     def played(self) -> Played:
@@ -182,7 +195,7 @@ class _Stage:
                 f"max_model_len {most}; raise it or shorten the workload's lengths"
             )
         if arrival.fork_of is not None and parent is not None and self._can_fork(arrival, parent):
-            return self._fork(arrival, parent, token_ids, due_s)
+            return self._fork(arrival, parent, due_s)
         request = Request(
             id=arrival.id, token_ids=token_ids, num_prompt=len(token_ids),
             params=replace(GREEDY, max_tokens=arrival.num_output), max_tokens=arrival.num_output,
@@ -195,22 +208,17 @@ class _Stage:
         """Whether the branch may take the parent's blocks; else it is a request of its own that repeats the tokens.
 
         It may not once the parent has gone on, in another namespace or place in the queue, nor where a contiguous
-        allocator has to know the whole length before the blocks are copied.
+        allocator has to know the whole length before the blocks are copied, nor without tokens of its own: the engine
+        would count the parent's output as the branch's.
         """
         is_there = not parent.is_finished and parent.num_output == arrival.fork_at
         is_alike = (parent.salt, parent.priority) == (arrival.salt, arrival.priority)
-        return is_there and is_alike and self.engine.config.allocator == "paged"
+        return bool(arrival.token_ids) and is_there and is_alike and self.engine.config.allocator == "paged"
 
-    def _fork(self, arrival: Arrival, parent: Request, token_ids: list[int], due_s: float) -> Request:
+    def _fork(self, arrival: Arrival, parent: Request, due_s: float) -> Request:
         """Split the branch off and let it go on with tokens of its own: what it shares is prompt to it."""
-        child = self.engine.fork(parent.id, arrival.id)
-        scheduler = self.engine.scheduler
-        queue = scheduler.running if child.status is Status.RUNNING else scheduler.waiting
-        queue.remove(child)  # its place may depend on its length
-        child.token_ids, child.num_prompt, child.arrival_s = token_ids, len(token_ids), due_s
-        child.params, child.max_tokens = replace(GREEDY, max_tokens=arrival.num_output), arrival.num_output
-        child.num_cached = child.num_computed
-        queue.add(child)
+        child = self.engine.fork(parent.id, arrival.id, token_ids=arrival.token_ids, max_tokens=arrival.num_output)
+        child.arrival_s, child.num_cached = due_s, child.num_computed
         return child
 
     def _expect(self, index: int, soonest_s: float) -> None:
@@ -219,6 +227,7 @@ class _Stage:
     def _close(self, request: Request) -> None:
         assert request.first_token_s is not None and request.finished_s is not None
         self.num_open -= 1
+        del self._live[request.id]
         self._outcomes[request.id] = Outcome(
             id=request.id,
             arrival_s=request.arrival_s - self.start_s,

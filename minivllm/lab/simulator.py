@@ -16,8 +16,8 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan, StepResult, needs_token
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError, MiniVLLMError
-from minivllm.lab.cost_model import BOUND, CostModel, Machine, features_of, fit, scaled
-from minivllm.lab.played import Percentiles, Played
+from minivllm.lab.cost_model import BOUND, CostModel, EngineShape, Machine, features_of, fit, scaled
+from minivllm.lab.played import Percentiles, Played, percentile
 from minivllm.lab.player import VirtualClock, play
 from minivllm.lab.step_recordings import HELD_OUT, RECORDINGS, Recording, load_recordings, record_runs
 from minivllm.workloads import Lengths, Workload, open_loop, poisson, uniform
@@ -25,6 +25,7 @@ from minivllm.workloads import Lengths, Workload, open_loop, poisson, uniform
 MODEL_FILE = "cost_model.json"
 NUM_SIGMAS = 3  # a run beyond the stated error should be rare
 LENGTHS = uniform(40, 160)  # those of the held-out runs
+GROWTH = 2.0  # of the TTFT from the first to the last quarter of arrivals; more: the queue was still growing
 MEASURES: dict[str, Callable[[Played], float]] = {
     "tokens/s": lambda played: played.throughput,
     "TTFT p50": lambda played: _known(played.ttft).p50,
@@ -57,18 +58,33 @@ class SimulatedRunner:
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """One rate: the simulated run, or why it is refused."""
+    """One rate: what was asked, and the simulated run or why it is refused."""
 
     rate_per_s: float
+    workload: Workload
+    config: EngineConfig
+    lengths: Lengths
     played: Played | None
     reason: str = ""
+
+    @property
+    def is_beyond_capacity(self) -> bool:
+        """Whether the queue was still growing when the last requests came, so that more of them would wait longer.
+
+        The rule: the median TTFT of the last quarter of arrivals is more than GROWTH times that of the first.
+        """
+        waits = [outcome.ttft_s for outcome in self.played.outcomes] if self.played else []
+        quarter = len(waits) // 4
+        return quarter > 0 and percentile(waits[-quarter:], 0.5) > GROWTH * percentile(waits[:quarter], 0.5)
 
 
 def simulate(workload: Workload, config: EngineConfig, model: CostModel, *, is_guessing: bool = False) -> Played:
     """Play a workload in predicted time; `Played.clock` says that it is simulated, and for which machine.
 
-    Raises ConfigError when a step is outside what the model was fitted on, unless `is_guessing`.
+    Raises ConfigError for an engine of another shape than the model was fitted on and, unless `is_guessing`, when a
+    step is outside the counts that it was fitted on.
     """
+    model.require_shape(config)
     clock = VirtualClock()
     engine = Engine(config, SimulatedRunner(model, clock, config.block_size, is_guessing), clock=clock)
     played = play(workload, engine, clock, show_progress=False)
@@ -86,14 +102,19 @@ def what_if(
     rates_per_s: Sequence[float], config: EngineConfig, model: CostModel, *,
     lengths: Lengths = LENGTHS, num_requests: int = 200, seed: int = 0, show_progress: bool = True,
 ) -> list[WhatIf]:  # fmt: skip
-    """Simulate Poisson arrivals at each rate; a rate that leads outside the fitted range is refused, with the count."""
+    """Simulate Poisson arrivals at each rate; a rate that leads outside the fitted range is refused, with the count.
+
+    Raises ConfigError for an engine of another shape than the model was fitted on.
+    """
+    model.require_shape(config)
     rows = []
     for rate_per_s in tqdm(rates_per_s, desc="what if", disable=not show_progress):
         workload = open_loop(num_requests, lengths, poisson(rate_per_s), seed=seed)
         try:
-            rows.append(WhatIf(rate_per_s, simulate(workload, config, model)))
+            played, reason = simulate(workload, config, model), ""
         except ConfigError as error:
-            rows.append(WhatIf(rate_per_s, None, str(error)))
+            played, reason = None, str(error)
+        rows.append(WhatIf(rate_per_s, workload, config, lengths, played, reason))
     return rows
 
 
@@ -102,11 +123,17 @@ def fit_recordings(recordings: Sequence[Recording]) -> CostModel:
 
     Each training run in turn is left out, predicted by a fit to the others, and compared. What is stated is three times
     the root mean square of these errors. The held-out runs take no part: they are what the statement is tested on.
-    Raises ConfigError when the recordings come from different machines.
+    Raises ConfigError when the recordings come from different machines or engine shapes.
     """
     training = [recording for recording in recordings if not recording.is_held_out]
-    if len({(r.machine.name, r.provenance["model"], r.provenance["clock"]) for r in recordings}) != 1:
-        raise ConfigError("the recordings come from several machines, models or clocks; record all of them in one go")
+    sources = {
+        (r.machine.name, r.provenance["model"], r.provenance["clock"], EngineShape.of(r.spec.config()))
+        for r in recordings
+    }
+    if len(sources) != 1:
+        raise ConfigError(
+            "the recordings come from several machines, models, clocks or engine shapes; record all of them in one go"
+        )
     model = _fit(training)
     errors: list[dict[str, float]] = []
     for left_out in training:
@@ -118,7 +145,8 @@ def fit_recordings(recordings: Sequence[Recording]) -> CostModel:
 
 def _fit(recordings: Sequence[Recording]) -> CostModel:
     samples = [sample for recording in recordings for sample in recording.samples]
-    return fit(samples, recordings[0].machine, recordings[0].provenance)
+    first = recordings[0]
+    return fit(samples, first.machine, EngineShape.of(first.spec.config()), first.provenance)
 
 
 def run_errors(model: CostModel, recording: Recording, *, is_guessing: bool = False) -> dict[str, float]:
@@ -185,31 +213,54 @@ def errors_table(model: CostModel, recordings: Sequence[Recording]) -> str:
 
 
 def what_if_table(rows: Sequence[WhatIf], model: CostModel) -> str:
-    """One line for each rate; times in milliseconds."""
-    names = [f"{name} {share}" for name in ("TTFT", "TPOT") for share in ("p50", "p90", "p99")]
+    """What was played, then a line for each rate: times in milliseconds, of the percentiles whose error is stated.
+
+    A * marks rates where the queue was still growing; `WhatIf.is_beyond_capacity` has the rule.
+    """
+    facts = model.provenance
+    names = [f"{name} {share} ms" for name in ("TTFT", "TPOT") for share in ("p50", "p90")]
     lines = [
         f"What if, {label_of(model)}",
-        f"{'req/s':>7}{'tokens/s':>10}" + "".join(f"{n + ' ms':>13}" for n in names),
+        f"measured at commit {facts.get('commit')} on {facts.get('machine')} by: {facts.get('command')}",
+        *dict.fromkeys(map(_asked, rows)),
+        f"{'req/s':>8}{'refused':>9}{'tokens/s':>10}" + "".join(f"{name:>13}" for name in names),
     ]
     for row in rows:
-        if row.played is None:
-            lines.append(f"{row.rate_per_s:>7g}  refused: {row.reason}")
-            continue
-        times = [p for found in (row.played.ttft, row.played.tpot) for p in _shares(_known(found))]
+        lines.append(f"{row.rate_per_s:>7g}{'*' if row.is_beyond_capacity else ' '}" + _figures(row))
+    if any(row.is_beyond_capacity for row in rows):
         lines.append(
-            f"{row.rate_per_s:>7g}{row.played.throughput:>10.1f}" + "".join(f"{t * 1e3:>13.1f}" for t in times)
+            f"* beyond capacity: the median TTFT of the last quarter of arrivals is over {GROWTH:g} times that of the "
+            "first; the queue was still growing, and more requests would have waited longer"
         )
     return "\n".join(lines) + "\n"
+
+
+def _asked(row: WhatIf) -> str:
+    """What was played, the rate apart."""
+    c, load = row.config, row.workload
+    return (
+        f"played: {len(load.arrivals)} requests, lengths {row.lengths.name}, Poisson arrivals, seed {load.seed}\n"
+        f"engine: {c.num_blocks} blocks of {c.block_size}, {c.max_num_seqs} seqs, {c.max_num_batched_tokens} batched "
+        f"tokens, max_model_len {c.max_model_len}, {c.batching}, {c.scheduling_policy}, {c.preemption_mode}"
+    )
+
+
+def _figures(row: WhatIf) -> str:
+    if row.played is None:
+        return f"  refused: {row.reason}"
+    num_refused = len(row.played.refusals)
+    if num_refused and not row.played.outcomes:
+        return f"{num_refused:>9}  all refused, the first: {row.played.refusals[0].reason}"
+    found = (row.played.ttft, row.played.tpot)
+    shares = [share for p in found for share in ((p.p50, p.p90) if p else (None, None))]
+    times = "".join(f"{'-' if t is None else format(t * 1e3, '.1f'):>13}" for t in shares)
+    return f"{num_refused:>9}{row.played.throughput:>10.1f}{times}"
 
 
 def _known(percentiles: Percentiles | None) -> Percentiles:
     if percentiles is None:
         raise ConfigError("no request was served, or each had one token only: there is nothing to compare")
     return percentiles
-
-
-def _shares(percentiles: Percentiles) -> tuple[float, float, float]:
-    return percentiles.p50, percentiles.p90, percentiles.p99
 
 
 if __name__ == "__main__":
