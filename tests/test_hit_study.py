@@ -1,8 +1,11 @@
 """Achieved hit rates beside what is possible."""
 
+from collections.abc import Callable
+
 import pytest
 
-from minivllm.engine.cache_study import optimum
+from minivllm.engine.cache_study import achieved, belady, optimum
+from minivllm.errors import ConfigError
 from minivllm.lab.hit_study import BLOCK_SIZE, POOLS, Rates, measure, serve, study, trace
 
 PROMPTS = trace(num_requests=60)
@@ -40,5 +43,26 @@ def test_depth_first_order_reaches_the_optimum_in_a_pool_for_one_prompt() -> Non
 
 def test_table_has_every_combination_and_the_bounds() -> None:
     lines = study().splitlines()
-    assert len(lines) == 1 + 10 + 4 + 3
-    assert all(len(line.split()) >= 1 + len(POOLS) for line in lines)
+    assert len(lines) == 2 + 1 + 10 + 4 + 3
+    assert all(len(line.split()) >= 1 + len(POOLS) for line in lines[2:])
+
+
+def test_table_says_of_what_and_on_which_engine() -> None:
+    first, second, *_ = study(seed=3).splitlines()
+    num_tokens = sum(map(len, trace(seed=3)))
+    assert first == f"120 questions about 12 documents of 250 tokens, Zipf, seed 3: {num_tokens:,} prompt tokens"
+    assert second == "engine: one request at a time, blocks of 16 tokens, pools of 24, 64, 256 blocks"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: achieved([[1, 2]], [3]), r"num_hit_tokens\[0\] must be 0 to 2, its prompt's tokens, not 3"),
+        (lambda: achieved([[1, 2]], [1, 1]), "num_hit_tokens has 2 counts for 1 prompts"),
+        (lambda: belady([[1, 2]], 0, 4), "block_size must be at least 1 token, not 0"),
+        (lambda: optimum([[1, 2]], 0), "block_size must be at least 1 token, not 0"),
+    ],
+)
+def test_hit_rates_of_what_cannot_be_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()

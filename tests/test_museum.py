@@ -1,10 +1,12 @@
 """The bug museum: each fault is caught by its own invariant in time; the engine as it is survives the same lives."""
 
 import re
+from collections.abc import Callable
 from random import Random
 
 import pytest
 
+from minivllm.errors import ConfigError
 from minivllm.lab.museum import MUSEUM, Fault, hunt, study, switched_on
 from minivllm.lab.random_life import live_at_random
 
@@ -47,6 +49,22 @@ def test_hunt_leaves_nothing_behind() -> None:
     before = originals(MUSEUM["copy-on-write skipped"])
     assert hunt("copy-on-write skipped") is not None
     assert originals(MUSEUM["copy-on-write skipped"]) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: hunt("xx"), "no fault is called 'xx'; there are: .*copy-on-write skipped"),
+        (lambda: switched_on("xx").__enter__(), "no fault is called 'xx'; there are: .*copy-on-write skipped"),
+        (lambda: hunt("salt forgotten", 0, 0), "most_steps must be at least 1, not 0"),
+        (lambda: hunt(None, 0, -5), "most_steps must be at least 1, not -5"),
+        (lambda: study(0), "num_seeds must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_hunted_is_refused_in_one_line(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
 
 
 def test_museum_holds_faults_of_others_and_nearly_every_invariant() -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
 from minivllm import LLM
 from minivllm.engine.prefix_cache import chain_hash, root_hash
+from minivllm.errors import ConfigError
 from minivllm.lab.security import WEAK_BITS, Attack, attack, collide, find_collision
 from minivllm.outputs import RequestOutput
 
@@ -50,6 +52,24 @@ def test_nothing_stays_switched_on(llm: LLM) -> None:
 def test_timing_attack_succeeds_without_a_salt_and_fails_with_it(llm: LLM) -> None:
     plain, salted = (attack(llm, is_salted, 6, num_tokens=60, measure=num_computed) for is_salted in (False, True))
     assert (plain.auc, salted.auc) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({"prefix_cache": "radix"}, "a radix tree"), ({"enable_prefix_caching": False}, "no prefix cache")],
+)
+def test_collision_needs_a_cache_of_hashes(reference_model: Build, options: dict[str, Any], kind: str) -> None:
+    folder, _ = reference_model("llama-gqa")
+    llm = LLM(folder, dtype="float32", block_size=8, num_blocks=60, max_model_len=200, **options)
+    with pytest.raises(ConfigError, match=f"collide attacks a cache of hashes, not {kind}; build"):
+        collide(llm)
+
+
+def test_attack_without_a_trial_or_a_prompt_is_refused(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="num_trials must be at least 1, not 0"):
+        attack(llm, False, 0)
+    with pytest.raises(ConfigError, match="num_tokens must be at least 1, not 0"):
+        attack(llm, False, 1, num_tokens=0)
 
 
 def test_auc_counts_pairs() -> None:

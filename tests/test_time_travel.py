@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel
 
 from minivllm import LLM, SamplingParams
 from minivllm.beam_search import BeamSearchParams
+from minivllm.course.memory_use import memory_over_time
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan
+from minivllm.engine_config import CHOICES
 from minivllm.errors import ConfigError, MiniVLLMError, RequestError
-from minivllm.events import Event, Forked, Preempted, StepRan
+from minivllm.events import Event, Forked, Preempted, PrefixHit, StepRan
 from minivllm.lab.engine_copy import changed_config, copy_engine
 from minivllm.lab.fake_runner import FakeRunner, fake_engine, fake_request
 from minivllm.lab.futures import decisions
@@ -27,6 +30,7 @@ from minivllm.lab.player import play
 from minivllm.lab.time_travel import TimeMachine, study
 from minivllm.request import Request
 from minivllm.runner.model_runner import ModelRunner
+from minivllm.trace import Trace
 from minivllm.workloads import agents, fixed
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -462,11 +466,39 @@ def test_what_cannot_be_recorded_or_restored_is_refused() -> None:
     machine = TimeMachine(engine)
     with pytest.raises(ConfigError, match="step 1 was not recorded; give one from 0 to 0"):
         machine.restore(1)
-    with pytest.raises(ConfigError, match="the runner Recording cannot save its blocks; close the machine"):
+    for step in ("3", 1.5, None, True):
+        with pytest.raises(ConfigError, match=f"a step is an integer, not {step!r}"):
+            machine.restore(step)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"already recorded: close\(\) the other first"):
         TimeMachine(engine)
     machine.close()
-    with pytest.raises(ConfigError, match="every must be at least 1"):
-        TimeMachine(engine, every=0)
+    for every in (0, 1.5, "x", True):
+        with pytest.raises(ConfigError, match=f"every .* must be 1, 2, ..., not {every!r}"):
+            TimeMachine(engine, every=every)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="give an LLM or an Engine, not NoneType"):
+        TimeMachine(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"a bare engine knows no text; build TimeMachine\(llm\)"):
+        machine.texts(engine)
+
+
+def test_what_a_preempted_request_finds_of_its_own_is_no_hit() -> None:
+    _, machine = crowded_run(prefix_cache="hash")
+    futures = machine.fork(0, preemption_mode="swap")
+    original, changed = futures.original.outcome, futures.changed.outcome
+    assert original.num_hit_tokens == sum(request.num_cached for request in machine.record.requests.values()) > 0
+    assert original.num_preemptions and original.num_found_again > 0
+    assert changed.num_preemptions and changed.num_found_again == 0  # all came back from the host
+    found = sum(event.num_tokens for event in futures.original.events if isinstance(event, PrefixHit))
+    assert original.num_hit_tokens + original.num_found_again == found
+    assert re.search(rf"num_found_again +{original.num_found_again} +0\n", str(futures))
+
+
+def test_trace_of_a_bare_engine_names_its_sizes_and_policies_and_a_future_its_own() -> None:
+    engine, machine = crowded_run()
+    header = machine.trace.header
+    assert (header["num_blocks"], header["block_size"]) == (engine.config.num_blocks, engine.config.block_size)
+    assert {name: header[name] for name in CHOICES} == {name: getattr(engine.config, name) for name in CHOICES}
+    assert machine.fork(0, batching="static").changed.trace.header["batching"] == "static"
 
 
 def test_study_prints_two_futures_and_where_they_part() -> None:
@@ -518,6 +550,53 @@ def test_model_computes_the_same_bits_again(reference_model: Build, pressure: st
             engine.step()
             assert engine.last_result == results[now + 1]  # tokens, and six logprobs of each to the last bit
         assert now == machine.last_step
+
+
+def test_trace_of_an_llm_has_its_provenance_and_tells_of_its_memory(reference_model: Build, tmp_path: Path) -> None:
+    llm = real_engine(reference_model("llama-gqa")[0], num_blocks=21)
+    machine = TimeMachine(llm)
+    llm.generate(PROMPTS[:3], PARAMS[:3], use_tqdm=False)
+    loaded = Trace.load(machine.trace.save(tmp_path / "trace.json"))
+    missing = llm.trace_header().keys() - loaded.header.keys()
+    assert not missing and loaded.header["model"] == llm.model
+    assert len(memory_over_time(loaded)) == machine.last_step
+    future = machine.fork(0, max_num_batched_tokens=4).changed.trace.header
+    assert (future["max_num_batched_tokens"], future["model"]) == (4, llm.model)
+
+
+@dataclass
+class Letters:
+    """Token i is the i-th character from "A" on."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("A") for letter in text]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("A") + token_id) for token_id in token_ids)
+
+
+def test_restored_and_resumed_requests_have_their_texts(
+    reference_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = real_engine(reference_model("llama-gqa")[0], num_blocks=21)
+    monkeypatch.setattr(llm, "tokenizer", Letters())
+    monkeypatch.setattr(llm.text_engine, "tokenizer", Letters())
+    plain = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    [whole] = llm.generate([PROMPTS[0]], plain, use_tqdm=False)
+    said = whole.outputs[0].token_ids
+    stops = [{"stop": Letters().decode(said[4:6])}, {"stop_token_ids": [said[5]]}, {}]
+    machine = TimeMachine(llm)
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **stop) for stop in stops]  # type: ignore[arg-type]
+    outputs = llm.generate([PROMPTS[0]] * 3, params, use_tqdm=False)
+    texts = [output.outputs[0].text for output in outputs]
+    assert texts[0] == Letters().decode(said[:4])
+    assert texts[2] == Letters().decode(said)
+    assert list(machine.texts(machine.resume(machine.first_step)).values()) == texts
+    later = machine.resume(machine.first_step + 7)  # one has ended and left
+    assert list(machine.texts(later).values()) == texts[-len(later.requests) :] and len(later.requests) < 3
+    engine = machine.restore(machine.first_step + 3)
+    [*_, (request_id, text)] = machine.texts(engine).items()
+    assert text == Letters().decode(engine.requests[request_id].output_token_ids) and text
 
 
 def test_one_bit_in_one_slot_is_caught(reference_model: Build) -> None:

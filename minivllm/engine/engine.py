@@ -8,7 +8,7 @@ import xxhash
 
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.pins import Pins
-from minivllm.engine.plan import Runner, StepResult
+from minivllm.engine.plan import Runner, StepPlan, StepResult
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
@@ -111,15 +111,12 @@ class Engine:
         scheduled = tuple((r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled)
         is_stuck = not plan.scheduled and not plan.preempted and not all(r.is_held for r in self.requests.values())
         assert not is_stuck, "I15: requests wait and nothing can run"
-        self._is_in_step = True
         try:
-            self.last_result = self.runner.run(plan)
+            self.last_result = self._run(plan)
         except Exception:
             for request, _ in plan.scheduled:
                 self.finish(request.id, "abort")
             raise
-        finally:
-            self._is_in_step = False
         ran_s = time.perf_counter()
         advanced = self.scheduler.update(plan, self.last_result)
         for request in advanced:
@@ -161,6 +158,14 @@ class Engine:
         digest.update(array("q", pool.free_ids()).tobytes())
         digest.update(array("q", [use for b in pool.blocks for use in (b.num_hits, b.last_used, b.priority)]).tobytes())
         return digest.hexdigest()
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        """Have the plan computed; nobody may fork meanwhile, for nobody knows what is stored."""
+        self._is_in_step = True
+        try:
+            return self.runner.run(plan)
+        finally:
+            self._is_in_step = False
 
     def _parent(self, request_id: str, new_id: str, num_own: int) -> Request:
         """The request to fork; see `fork` for what is refused."""

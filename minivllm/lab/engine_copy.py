@@ -2,16 +2,18 @@
 
 One memo for the whole copy keeps identities: a request that stands in a queue and in the engine's dict is one request
 in the copy, too. Shared with the original are the clock and what is frozen (config, wishes of requests, cache entries).
+What blocks hold is not copied here: a Place names a block whose contents must be.
 """
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
+from minivllm.engine.allocators import blocks_needed
 from minivllm.engine.block_pool import BlockPool
 from minivllm.engine.engine import Engine
 from minivllm.engine.eviction import Eviction
 from minivllm.engine.kv_manager import KVManager
-from minivllm.engine.plan import Runner
+from minivllm.engine.plan import Move, Runner, StepPlan
 from minivllm.engine.policies import RequestQueue, order_of
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError
@@ -21,6 +23,14 @@ CHANGEABLE = (
     "batching", "scheduling_policy", "aging_steps", "preemption_mode", "watermark", "max_num_batched_tokens",
     "max_num_seqs", "enable_chunked_prefill", "eviction_policy", "num_host_blocks",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A block of the device's pool, or of the host's."""
+
+    block_id: int
+    on_host: bool = False
 
 
 def copy_engine(engine: Engine, runner: Runner, config: EngineConfig | None = None) -> Engine:
@@ -65,6 +75,22 @@ def changed_config(config: EngineConfig, changes: dict[str, object]) -> EngineCo
             f"give at least as many, not {changed.num_host_blocks}"
         )
     return changed
+
+
+def places_written(plan: StepPlan, block_size: int) -> set[Place]:
+    """Every block that running this plan writes to; ask before it runs."""
+    places = {Place(transfer.target_id, transfer.move is Move.SWAP_OUT) for transfer in plan.transfers}
+    places |= {Place(block_id) for block_id in plan.fresh_block_ids}
+    for request, num_new in plan.scheduled:
+        first, end = request.num_computed // block_size, blocks_needed(request.num_computed + num_new, block_size)
+        places |= {Place(block_id) for block_id in request.block_ids[first:end]}
+    return places
+
+
+def places_in_use(engine: Engine) -> set[Place]:
+    """Blocks whose contents somebody may yet read."""
+    places = {Place(block.id) for block in engine.kv.pool.blocks if block.ref_count or block.entry is not None}
+    return places | {Place(host_id, on_host=True) for r in engine.requests.values() for host_id in r.host_ids}
 
 
 def _twin_blocks(pool: BlockPool) -> dict[int, object]:

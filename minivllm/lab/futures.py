@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from itertools import zip_longest
 
 from minivllm.engine_config import EngineConfig
-from minivllm.events import BlockCopied, Event, Preempted, PrefixHit, StepRan
+from minivllm.events import Admitted, BlockCopied, Event, Preempted, PrefixHit, StepRan
 from minivllm.lab.inputs import End, Noted
 from minivllm.lab.recording import Recording
 from minivllm.trace import Trace
@@ -24,7 +24,8 @@ class Outcome:
     num_preemptions: int
     mean_ttft_steps: float | None  # steps from arrival to first token, of those who got it in this future
     num_copies: int
-    num_hit_tokens: int
+    num_hit_tokens: int  # prompt tokens found at first admissions, as Request.num_cached counts them
+    num_found_again: int  # other tokens found: what a preempted request had computed before, what a fork's parent said
 
     @staticmethod
     def of(run: Recording) -> "Outcome":
@@ -36,6 +37,7 @@ class Outcome:
             for request in run.requests.values()
             if request.id in first_steps and run.num_output_before[request.id] == 0
         ]
+        num_hit, num_again = _found(run)
         return Outcome(
             tokens={r.id: tuple(r.output_token_ids) for r in run.requests.values()},
             finish_reasons={r.id: r.finish_reason for r in run.requests.values()},
@@ -44,7 +46,8 @@ class Outcome:
             num_preemptions=len(run.trace.of(Preempted)),
             mean_ttft_steps=sum(waits) / len(waits) if waits else None,
             num_copies=len(run.trace.of(BlockCopied)),
-            num_hit_tokens=sum(event.num_tokens for event in run.trace if isinstance(event, PrefixHit)),
+            num_hit_tokens=num_hit,
+            num_found_again=num_again,
         )
 
 
@@ -121,7 +124,8 @@ class Futures:
     def __str__(self) -> str:
         changes = ", ".join(f"{name}={value!r}" for name, value in self.changes.items()) or "nothing"
         lines = [f"after step {self.step}, {changes} changed", f"{'':22}{'original':>12}{'changed':>12}"]
-        for name in ("num_steps", "num_preemptions", "mean_ttft_steps", "num_copies", "num_hit_tokens"):
+        rows = ("num_steps", "num_preemptions", "mean_ttft_steps", "num_copies", "num_hit_tokens", "num_found_again")
+        for name in rows:
             values = [getattr(future.outcome, name) for future in (self.original, self.changed)]
             lines.append(f"{name:22}" + "".join(f"{_short(value):>12}" for value in values))
         same = "equal" if self.tokens_equal else f"NOT equal: {', '.join(self.different_ids)}"
@@ -159,6 +163,18 @@ def _plan(events: Sequence[Event], step: int) -> str:
         if isinstance(event, StepRan) and event.step == step:
             return "runs " + (", ".join(f"{id_}+{num_new}" for id_, num_new, _ in event.scheduled) or "nothing")
     return "no such step"
+
+
+def _found(run: Recording) -> tuple[int, int]:
+    """Tokens found in the prefix cache: those of prompts at first admissions, and all others."""
+    num_preemptions = {(e.step, e.request_id): e.num_preemptions for e in run.trace if isinstance(e, Admitted)}
+    hits = [event for event in run.trace if isinstance(event, PrefixHit)]
+    num_hit = sum(
+        min(hit.num_tokens, run.requests[hit.request_id].num_prompt)
+        for hit in hits
+        if num_preemptions[hit.step, hit.request_id] == 0
+    )
+    return num_hit, sum(hit.num_tokens for hit in hits) - num_hit
 
 
 def _agree(original: Outcome, changed: Outcome, request_id: str, *, is_whole: bool) -> bool:

@@ -18,6 +18,8 @@ from minivllm.request import Request, SamplingParams
 from minivllm.workloads import shared_prefix, uniform
 
 BLOCK_SIZE = 16
+NUM_DOCUMENTS = 12
+DOCUMENT = 250  # tokens: no whole number of blocks
 ORDERS = ("fcfs", "longest_prefix_first", "dfs")
 POOLS = (24, 64, 256)  # blocks: one document and a question, three documents, all
 
@@ -33,13 +35,13 @@ class Rates:
     optimum_tokens: float
 
 
-def trace(num_requests: int = 120, num_documents: int = 12, seed: int = 0) -> list[list[int]]:
+def trace(num_requests: int = 120, num_documents: int = NUM_DOCUMENTS, seed: int = 0) -> list[list[int]]:
     """Prompts: a document of 250 tokens, which fills no whole number of blocks, and a question of 20 to 60.
 
     The k-th document is asked about with a probability proportional to 1 / k (Zipf).
     """
     workload = shared_prefix(
-        num_requests * num_documents, 250, uniform(20, 60), num_prefixes=num_documents, seed=seed
+        num_requests * num_documents, DOCUMENT, uniform(20, 60), num_prefixes=num_documents, seed=seed
     )  # document i % num_documents for prompt i: the j-th question about document d is prompt d + j * num_documents
     asked = Random(seed).choices(range(num_documents), [1 / (k + 1) for k in range(num_documents)], k=num_requests)
     places = [document + asked[:turn].count(document) * num_documents for turn, document in enumerate(asked)]
@@ -75,10 +77,16 @@ def measure(prompts: list[list[int]], num_blocks: int) -> Rates:
 
 
 def study(seed: int = 0) -> str:
-    """Hit rates in percent, for pools of three sizes."""
+    """Hit rates in percent, for pools of three sizes, under a line that says of what and on which engine."""
     prompts = trace(seed=seed)
     measured = [measure(prompts, num_blocks) for num_blocks in tqdm(POOLS, desc="pools")]
-    lines = [f"{'hit rate, percent; blocks in the pool':46}" + "".join(f"{num_blocks:>8}" for num_blocks in POOLS)]
+    num_tokens = sum(map(len, prompts))
+    lines = [
+        f"{len(prompts)} questions about {NUM_DOCUMENTS} documents of {DOCUMENT} tokens, Zipf, seed {seed}: "
+        f"{num_tokens:,} prompt tokens",
+        f"engine: one request at a time, blocks of {BLOCK_SIZE} tokens, pools of {', '.join(map(str, POOLS))} blocks",
+    ]
+    lines += [f"{'hit rate, percent; blocks in the pool':46}" + "".join(f"{num_blocks:>8}" for num_blocks in POOLS)]
     for kind in measured[0].by_policy:
         name = " ".join(part.ljust(width) for part, width in zip(kind, (7, 9, 22), strict=True))
         lines.append(f"{name:46}" + "".join(f"{100 * rates.by_policy[kind]:8.1f}" for rates in measured))

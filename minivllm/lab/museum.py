@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minivllm.config import require_integers
 from minivllm.engine import kv_manager
 from minivllm.engine.block_pool import BlockPool
 from minivllm.engine.eviction import Eviction
@@ -24,6 +25,7 @@ from minivllm.engine.prefix_cache import HashChainCache
 from minivllm.engine.radix_cache import RadixCache
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.swap import SwapSpace
+from minivllm.errors import ConfigError
 from minivllm.lab import mutants
 from minivllm.lab.random_life import live_at_random
 
@@ -211,8 +213,11 @@ MUSEUM: dict[str, Fault] = {fault.name: fault for fault in _FAULTS}
 
 @contextmanager
 def switched_on(name: str) -> Iterator[Fault]:
-    """Run the block with a fault in the engine, in this process and every thread of it."""
-    fault = MUSEUM[name]
+    """Run the block with a fault in the engine, in this process and every thread of it.
+
+    Raises ConfigError for a name that is not in the museum.
+    """
+    fault = _named(name)
     originals = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in fault.patches]
     try:
         for owner, attribute, mutant in fault.patches:
@@ -226,10 +231,13 @@ def switched_on(name: str) -> Iterator[Fault]:
 def hunt(name: str | None, seed: int = 0, most_steps: int | None = None) -> Caught | None:
     """Random lives of an engine with a fault (None: as it is) until an invariant objects; None when none does.
 
-    By default the hunt ends after the steps that the fault has, 1000 for the engine as it is.
+    By default the hunt ends after the steps that the fault has, 1000 for the engine as it is. Raises ConfigError for an
+    unknown fault and for less than one step.
     """
-    fault = MUSEUM[name] if name is not None else None
-    most_steps = most_steps or (fault.within_steps if fault else 1000)
+    fault = _named(name) if name is not None else None
+    if most_steps is None:
+        most_steps = fault.within_steps if fault else 1000
+    _require_one(most_steps=most_steps)
     seen: Counter[str] = Counter()
     with switched_on(fault.name) if fault else nullcontext():
         try:
@@ -242,6 +250,7 @@ def hunt(name: str | None, seed: int = 0, most_steps: int | None = None) -> Caug
 
 def study(num_seeds: int = 3, most_steps: int = 20_000) -> str:
     """Hunt every fault with several seeds: by which invariant each is caught and after how many steps."""
+    _require_one(num_seeds=num_seeds, most_steps=most_steps)
     rows = [("fault", "where it happened", "caught by", "after steps")]
     for fault in tqdm(MUSEUM.values(), desc="faults", leave=False):
         hunts = [hunt(fault.name, seed, most_steps) for seed in range(num_seeds)]
@@ -255,3 +264,16 @@ def study(num_seeds: int = 3, most_steps: int = 20_000) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _named(name: str) -> Fault:
+    if name not in MUSEUM:
+        raise ConfigError(f"museum: no fault is called {name!r}; there are: {', '.join(MUSEUM)}")
+    return MUSEUM[name]
+
+
+def _require_one(**counts: int) -> None:
+    require_integers(**counts)
+    for name, number in counts.items():
+        if number < 1:
+            raise ConfigError(f"museum: {name} must be at least 1, not {number}")

@@ -7,7 +7,7 @@ before each step, those requests are looked at. There is no random state to note
 seed and the position (runner/sampler.py), and both stand in the requests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 
@@ -15,6 +15,7 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan, StepResult
 from minivllm.events import Added, Event, Evicted, Finished, Forked, Pinned, StepRan, Unpinned
 from minivllm.lab.inputs import Add, Anchor, Append, End, Fork, Input, Noted, Pin, ResetCache, Unpin
+from minivllm.outputs import Detokenizer, Tokenizer
 from minivllm.request import Request
 from minivllm.trace import Trace
 
@@ -31,13 +32,14 @@ class Recording:
         before_run: Callable[[StepPlan], None] = lambda plan: None,
         after_run: Callable[[StepPlan], None] = lambda plan: None,
         after_step: Callable[[int], None] = lambda step: None,
+        header: Mapping[str, object] | None = None,  # facts for the trace; the engine's config comes on top
     ) -> None:
         self.engine = engine
         self.first_step = self.last_step = engine.scheduler.step
         self.state_hashes = {self.first_step: engine.state_hash()}  # after each step, failed ones included
         self.failed_steps: set[int] = set()
         self._inputs: list[Noted] = []
-        self.trace = Trace({**asdict(engine.config)})
+        self.trace = Trace({**(header or {}), **asdict(engine.config)})
         self.num_events = {self.first_step: 0}  # of the trace when a step had ended
         self.requests = dict(engine.requests)  # by id, those that have left included
         self.num_output_before = {r.id: r.num_output for r in engine.requests.values()}  # when recorded first
@@ -160,6 +162,22 @@ class Recording:
         self.state_hashes[step] = state_hash
         self.num_events[step] = len(self.trace)
         self._after_step(step)
+
+
+def text_of(request: Request, tokenizer: Tokenizer) -> str:
+    """What a request has said so far, cut where LLM.generate cuts it: at its stop string or before its stop token.
+
+    It goes token by token, as when they came: only so a stop string counts from min_tokens on.
+    """
+    params, token_ids = request.params, request.output_token_ids
+    at_token = request.finish_reason == "stop" and not isinstance(request.stop_reason, str)
+    if at_token and not params.include_stop_str_in_output:
+        token_ids = token_ids[:-1]
+    detokenizer = Detokenizer(tokenizer, request.token_ids[: request.num_prompt], params)
+    for place, token_id in enumerate(token_ids, 1):
+        if detokenizer.feed([token_id], is_last=request.is_finished and place == len(token_ids)) is not None:
+            break
+    return detokenizer.text if request.is_finished else detokenizer.shown_text
 
 
 def _anchor(request: Request) -> Anchor:

@@ -25,7 +25,7 @@ class Replay:
 
     def __init__(self, engine: Engine, record: Recording) -> None:
         self.record = record
-        self.run = Recording(engine, after_run=self._intervene)
+        self.run = Recording(engine, after_run=self._intervene, header=record.trace.header)
         self.dropped: list[Noted] = []  # inputs that came to nothing: an abort of one who has ended
         self._pending = [noted for noted in record.inputs if noted.is_after(self.run.first_step)]
         self._is_as_recorded = True

@@ -13,8 +13,10 @@ from unittest.mock import patch
 
 from tqdm.auto import tqdm
 
+from minivllm.config import require_integers
 from minivllm.engine import kv_manager, prefix_cache
 from minivllm.engine.prefix_cache import chain_hash, root_hash
+from minivllm.errors import ConfigError
 from minivllm.llm import LLM
 from minivllm.outputs import RequestOutput
 from minivllm.request import SamplingParams
@@ -65,7 +67,13 @@ def find_collision(block_size: int, vocab_size: int, seed: int = 0) -> tuple[lis
 
 
 def collide(llm: LLM, seed: int = 0, num_output: int = 8) -> Collision:
-    """Run the victim's prompt, then the attacker's, with the check and without it."""
+    """Run the victim's prompt, then the attacker's, with the check and without it.
+
+    Raises ConfigError for an LLM that looks nothing up by hash: there is nothing to collide.
+    """
+    if not llm.config.enable_prefix_caching or llm.config.prefix_cache != "hash":
+        kind = "a radix tree" if llm.config.enable_prefix_caching else "no prefix cache"
+        raise ConfigError(f"security: collide attacks a cache of hashes, not {kind}; build LLM(prefix_cache='hash')")
     size, vocab_size = llm.config.block_size, llm.model_config.vocab_size
     victim, attacker, num_tried = find_collision(size, vocab_size, seed)
     tail = [token % vocab_size for token in (17, 4, 9)]
@@ -118,7 +126,15 @@ def attack(
     seed: int = 0,
     measure: Measure = seconds_to_first_token,
 ) -> Attack:
-    """In each trial the victim sends a secret prompt; the attacker sends it too, and one that nobody sent."""
+    """In each trial the victim sends a secret prompt; the attacker sends it too, and one that nobody sent.
+
+    Raises ConfigError for less than one trial or one token.
+    """
+    counts = {"num_trials": num_trials, "num_tokens": num_tokens}
+    require_integers(**counts)
+    for name, number in counts.items():
+        if number < 1:
+            raise ConfigError(f"security: {name} must be at least 1, not {number}")
     random, vocab_size = Random(seed), llm.model_config.vocab_size
     sent, not_sent = list[float](), list[float]()
 

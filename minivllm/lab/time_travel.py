@@ -17,26 +17,18 @@ from typing import Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from minivllm.engine.allocators import blocks_needed
 from minivllm.engine.engine import Engine
-from minivllm.engine.plan import Move, StepPlan, StepResult
+from minivllm.engine.plan import StepPlan, StepResult
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError, MiniVLLMError
-from minivllm.lab.engine_copy import changed_config, copy_engine
+from minivllm.lab.engine_copy import Place, changed_config, copy_engine, places_in_use, places_written
 from minivllm.lab.fake_runner import FakeRunner, fake_request
 from minivllm.lab.futures import Future, Futures
 from minivllm.lab.inputs import Noted
-from minivllm.lab.recording import Recording
+from minivllm.lab.recording import Recording, text_of
 from minivllm.lab.replay import Replay
+from minivllm.outputs import Tokenizer
 from minivllm.trace import Trace
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A block of the device's pool, or of the host's."""
-
-    block_id: int
-    on_host: bool = False
 
 
 @runtime_checkable
@@ -49,10 +41,14 @@ class Rewindable(Protocol):
     def twin(self, num_host_blocks: int) -> "Rewindable": ...
 
 
+@runtime_checkable
 class HasEngine(Protocol):
     """An LLM, that is, without importing one."""
 
     engine: Engine
+
+    def trace_header(self) -> dict[str, object]: ...
+    def get_tokenizer(self) -> Tokenizer: ...
 
 
 @dataclass(frozen=True)
@@ -64,22 +60,23 @@ class Moment:
 
 
 class TimeMachine:
-    """Records from now on until `close`. Raises ConfigError for a runner whose blocks cannot be saved."""
+    """Records from now on until `close`.
+
+    Raises ConfigError for what is no engine, is recorded already, or has a runner whose blocks cannot be saved.
+    """
 
     def __init__(self, source: Engine | HasEngine, every: int = 1) -> None:
-        engine = source if isinstance(source, Engine) else source.engine
-        if not isinstance(engine.runner, Rewindable):
+        engine, self._runner = _recordable(source)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ConfigError(
-                f"time travel: the runner {type(engine.runner).__name__} cannot save its blocks; close the machine "
-                "that records this engine already, or use ModelRunner or FakeRunner"
+                f"time travel: every (steps from one kept moment to the next) must be 1, 2, ..., not {every!r}"
             )
-        if every < 1:
-            raise ConfigError(f"every must be at least 1 (a moment is kept after each `every` steps), not {every}")
         self.every = every
-        self._runner: Rewindable = engine.runner
+        self._llm = None if isinstance(source, Engine) else source
+        header = {} if self._llm is None else self._llm.trace_header()
         self._moments: dict[int, Moment] = {}  # by step, in order
-        self._written = _places_in_use(engine)
-        self.record = Recording(engine, before_run=self._note_writes, after_step=self._keep_some)
+        self._written = places_in_use(engine)
+        self.record = Recording(engine, self._note_writes, after_step=self._keep_some, header=header)
         self._keep(self.first_step)
 
     @property
@@ -103,7 +100,7 @@ class TimeMachine:
 
     @property
     def trace(self) -> Trace:
-        """Every event of the record: to draw, or to save."""
+        """Every event of the record, under the LLM's trace_header: to draw, or to save."""
         return self.record.trace
 
     @property
@@ -146,6 +143,16 @@ class TimeMachine:
         again.close()
         return again
 
+    def texts(self, of: Engine | Recording) -> dict[str, str]:
+        """What each request of a restored engine or a resumed recording has said, by its id, in the LLM's tokenizer.
+
+        Raises ConfigError when the machine was built from a bare engine.
+        """
+        if self._llm is None:
+            raise ConfigError("time travel: a bare engine knows no text; build TimeMachine(llm), or read the token ids")
+        tokenizer = self._llm.get_tokenizer()
+        return {request.id: text_of(request, tokenizer) for request in of.requests.values()}
+
     def first_departure(self, again: Recording) -> int | None:
         """The first step after which a resumed engine's state hash is not the recorded one; None: all are equal."""
         steps = range(again.first_step, self.last_step + 1)
@@ -180,6 +187,8 @@ class TimeMachine:
         return engine
 
     def _hash_after(self, step: int) -> str:
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise ConfigError(f"time travel: a step is an integer, not {step!r}")
         if step not in self.state_hashes:
             raise ConfigError(
                 f"time travel: step {step} was not recorded; give one from {self.first_step} to {self.last_step}"
@@ -210,20 +219,19 @@ class TimeMachine:
         self._written = set()
 
 
-def places_written(plan: StepPlan, block_size: int) -> set[Place]:
-    """Every block that running this plan writes to; ask before it runs."""
-    places = {Place(transfer.target_id, transfer.move is Move.SWAP_OUT) for transfer in plan.transfers}
-    places |= {Place(block_id) for block_id in plan.fresh_block_ids}
-    for request, num_new in plan.scheduled:
-        first, end = request.num_computed // block_size, blocks_needed(request.num_computed + num_new, block_size)
-        places |= {Place(block_id) for block_id in request.block_ids[first:end]}
-    return places
-
-
-def _places_in_use(engine: Engine) -> set[Place]:
-    """Blocks whose contents somebody may yet read."""
-    places = {Place(block.id) for block in engine.kv.pool.blocks if block.ref_count or block.entry is not None}
-    return places | {Place(host_id, on_host=True) for r in engine.requests.values() for host_id in r.host_ids}
+def _recordable(source: Engine | HasEngine) -> tuple[Engine, Rewindable]:
+    """The engine and its runner, if they can be recorded."""
+    if not isinstance(source, Engine | HasEngine):
+        raise ConfigError(f"time travel: give an LLM or an Engine, not {type(source).__name__}")
+    engine = source if isinstance(source, Engine) else source.engine
+    if isinstance(engine.runner, Recording):
+        raise ConfigError("time travel: this engine is already recorded: close() the other first")
+    if not isinstance(engine.runner, Rewindable):
+        raise ConfigError(
+            f"time travel: the runner {type(engine.runner).__name__} cannot save its blocks; use ModelRunner or "
+            "FakeRunner"
+        )
+    return engine, engine.runner
 
 
 def study(
@@ -247,7 +255,8 @@ def study(
     lines = [
         f"{num_requests} requests, fake runner: {machine.last_step} steps, {machine.num_bytes:,} bytes of slots kept",
         f"restored after each of {len(steps)} steps and run on: {num_equal} times every state hash was equal",
-        f"changed after step {step:<23}{'steps':>6}{'preempted':>11}{'TTFT':>7}{'hits':>7}  tokens  first difference",
+        f"changed after step {step:<23}{'steps':>6}{'preempted':>11}{'TTFT':>7}{'hits':>7}{'again':>7}"
+        "  tokens  first difference",
         *map(_row, futures),
     ]
     return "\n".join([*lines, "", str(futures[1])])
@@ -259,8 +268,8 @@ def _row(futures: Futures) -> str:
     ttft = "-" if outcome.mean_ttft_steps is None else f"{outcome.mean_ttft_steps:.1f}"
     kinds = [words.partition(":")[0] for words in (difference.original, difference.changed)] if difference else []
     return (
-        f"{changes:<42}{outcome.num_steps:>6}{outcome.num_preemptions:>11}{ttft:>7}{outcome.num_hit_tokens:>7}  "
-        f"{'equal ' if futures.tokens_equal else 'DIFFER'}  "
+        f"{changes:<42}{outcome.num_steps:>6}{outcome.num_preemptions:>11}{ttft:>7}{outcome.num_hit_tokens:>7}"
+        f"{outcome.num_found_again:>7}  {'equal ' if futures.tokens_equal else 'DIFFER'}  "
         + (f"step {difference.step}: {' / '.join(kinds)}" if difference else "none")
     )
 
