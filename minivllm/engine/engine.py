@@ -108,7 +108,8 @@ class Engine:
         started_s = time.perf_counter()
         plan = self.scheduler.schedule()
         planned_s = time.perf_counter()
-        scheduled = tuple((r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled)
+        is_heard = bool(self.events)  # who begins to listen in the middle of a step hears of the next one
+        stored = [(r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled] if is_heard else []
         is_stuck = not plan.scheduled and not plan.preempted and not all(r.is_held for r in self.requests.values())
         assert not is_stuck, "I15: requests wait and nothing can run"
         try:
@@ -122,8 +123,8 @@ class Engine:
         for request in advanced:
             if request.is_finished:
                 self.requests.pop(request.id, None)
-        if self.events:
-            self._report(scheduled, started_s, planned_s, ran_s)
+        if is_heard:
+            self._report(tuple(stored), started_s, planned_s, ran_s)
         return advanced
 
     def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:

@@ -122,7 +122,9 @@ class Scheduler:
         child.arrival_step = parent.arrival_step
         if has_seat and self.kv.fork(parent, child):
             child.status, child.first_scheduled_s = Status.RUNNING, self._clock()
-            child.num_cached, child.is_held = parent.num_cached, parent.is_held
+            has_own = child.num_tokens > parent.num_tokens  # what it shares is prompt to it, and there is more to do
+            child.num_cached = child.num_computed if has_own else parent.num_cached
+            child.is_held = parent.is_held and not has_own
             self.running.add(child)
         else:
             child.is_held = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from minivllm.engine.engine import Engine
-from minivllm.request import Request, SamplingParams, Status
+from minivllm.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,12 @@ class Add:
 
 @dataclass(frozen=True)
 class Fork:
-    """A request was split off another; its owner may have given it tokens and wishes of its own at once."""
+    """A request was split off another; with tokens and a length of its own, if its owner gave any."""
 
     parent_id: str
     child_id: str
     seed: int
     own_token_ids: tuple[int, ...]
-    num_prompt: int
-    params: SamplingParams
     max_tokens: int
     anchor: Anchor
 
@@ -75,20 +73,10 @@ class Fork:
     def of(anchor: Anchor, child: Request) -> "Fork":
         """Record a fork off the request that `anchor` names, as it stood then."""
         own_token_ids = tuple(child.token_ids[anchor.num_tokens :])
-        return Fork(
-            anchor.request_id, child.id, child.seed, own_token_ids, child.num_prompt, child.params, child.max_tokens,
-            anchor,
-        )  # fmt: skip
+        return Fork(anchor.request_id, child.id, child.seed, own_token_ids, child.max_tokens, anchor)
 
     def apply(self, engine: Engine) -> bool:
-        child = engine.fork(self.parent_id, self.child_id, self.seed)
-        queue = engine.scheduler.running if child.status is Status.RUNNING else engine.scheduler.waiting
-        queue.remove(child)  # its place may depend on its length
-        if self.num_prompt != child.num_prompt:
-            child.num_cached = child.num_computed  # what it shares is prompt to it
-        child.token_ids.extend(self.own_token_ids)
-        child.num_prompt, child.params, child.max_tokens = self.num_prompt, self.params, self.max_tokens
-        queue.add(child)
+        engine.fork(self.parent_id, self.child_id, self.seed, token_ids=self.own_token_ids, max_tokens=self.max_tokens)
         return True
 
 

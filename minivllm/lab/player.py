@@ -218,7 +218,7 @@ class _Stage:
     def _fork(self, arrival: Arrival, parent: Request, due_s: float) -> Request:
         """Split the branch off and let it go on with tokens of its own: what it shares is prompt to it."""
         child = self.engine.fork(parent.id, arrival.id, token_ids=arrival.token_ids, max_tokens=arrival.num_output)
-        child.arrival_s, child.num_cached = due_s, child.num_computed
+        child.arrival_s = due_s
         return child
 
     def _expect(self, index: int, soonest_s: float) -> None:
