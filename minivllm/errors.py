@@ -15,3 +15,9 @@ class ConfigError(MiniVLLMError, ValueError):
 
 class RequestError(MiniVLLMError, ValueError):
     """A request the engine refuses at the door: empty, too long, or it could never fit."""
+
+
+def short(value: object) -> str:
+    """What was given, on one line of bounded length."""
+    text = " ".join(repr(value).split())  # arrays print on several lines
+    return text if len(text) <= 60 else text[:57] + "..."

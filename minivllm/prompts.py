@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from minivllm.errors import RequestError
+from minivllm.errors import RequestError, short
 
 Prompt = str | Sequence[int] | Mapping[str, object]
 
@@ -26,9 +26,3 @@ def require_unicode(text: str, where: str) -> None:
 
 def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def short(value: object) -> str:
-    """What was given, on one line of bounded length."""
-    text = " ".join(repr(value).split())  # arrays print on several lines
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, short
 
 MAX_SAMPLES = 16384  # of one request; vLLM's own limit
 
@@ -64,18 +64,18 @@ class SamplingParams:
                 _whole(name, getattr(self, name), least)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {_short(getattr(self, name))}")
+                raise ConfigError(f"{name} must be True or False, not {short(getattr(self, name))}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if self.temperature == 0 and self.n > 1:
             raise ConfigError("n must be 1 with temperature 0: greedy samples would all be equal")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if stop is not None and not (isinstance(stop, list | tuple) and all(isinstance(s, str) and s for s in stop)):
-            raise ConfigError(f"stop must be a non-empty string or a list of them, not {_short(self.stop)}")
+            raise ConfigError(f"stop must be a non-empty string or a list of them, not {short(self.stop)}")
         if self.stop_strings and not self.detokenize:
             raise ConfigError("stop strings need detokenize=True; use stop_token_ids without it")
         if not isinstance(self.stop_token_ids, list | tuple | None):
-            raise ConfigError(f"stop_token_ids must be a list of token ids, not {_short(self.stop_token_ids)}")
+            raise ConfigError(f"stop_token_ids must be a list of token ids, not {short(self.stop_token_ids)}")
         for token in self.stop_token_ids or ():
             _whole("stop_token_ids", token, 0)
 
@@ -100,21 +100,15 @@ def _real(
     """Check a number; the lower end belongs to the range when `closed` (default: unless it is 0)."""
     rule = rule or f"from {least:g} to {most:g}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ConfigError(f"{name} must be a finite number {rule}, not {_short(value)}")
+        raise ConfigError(f"{name} must be a finite number {rule}, not {short(value)}")
     is_low = value < least or (value == least == 0 and not closed)
     if is_low or value > most:
-        raise ConfigError(f"{name} must be {rule}, not {_short(value)}")
+        raise ConfigError(f"{name} must be {rule}, not {short(value)}")
 
 
 def _whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, not {_short(value)}")
-
-
-def _short(value: object) -> str:
-    """What was given, on one line of bounded length."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise ConfigError(f"{name} must be an integer of at least {least}, not {short(value)}")
 
 
 @dataclass(eq=False, slots=True)

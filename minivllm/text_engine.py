@@ -11,11 +11,11 @@ from typing import Protocol
 from minivllm.config import require_integers
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import TokenLogprobs
-from minivllm.errors import RequestError
+from minivllm.errors import RequestError, short
 from minivllm.fair_lock import FairLock
 from minivllm.interrupts import held_interrupts
 from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs
-from minivllm.prompts import Prompt, open_dict, require_unicode, short
+from minivllm.prompts import Prompt, open_dict, require_unicode
 from minivllm.request import Request, SamplingParams
 
 

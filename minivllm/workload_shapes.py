@@ -8,7 +8,7 @@ from itertools import accumulate
 from math import erfc, log, sqrt
 from random import Random
 
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, short
 
 # (mean, sigma of the logarithm) of the prompt, and of the output, in tokens. The means are those of Kwon+ SOSP'23
 # (arXiv 2309.06180), figure 11. The sigmas are ours, for the paper prints no spread; that of ShareGPT's outputs makes
@@ -240,9 +240,3 @@ def need_seconds(name: str, value: float) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def short(value: object) -> str:
-    """What was given, on one line of bounded length."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from minivllm.engine.cache_study import measure_radix
 from minivllm.engine.engine import Engine
-from minivllm.engine.plan import Move, StepPlan, StepResult, Transfer, needs_token
+from minivllm.engine.plan import Move, StepPlan, Transfer
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError
 from minivllm.events import StepRan
+from minivllm.lab.fake_runner import SilentRunner
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
 from minivllm.request import Request, SamplingParams
@@ -67,7 +68,7 @@ def bench_schedule(args: argparse.Namespace) -> list[Row]:
         config = EngineConfig(
             num_blocks=20_000, max_num_seqs=NUM_RUNNING, max_num_batched_tokens=100_000, scheduling_policy=policy
         )
-        engine, random = Engine(config, _Nothing()), Random(args.seed)
+        engine, random = Engine(config, SilentRunner()), Random(args.seed)
         for number in range(2 * NUM_RUNNING):  # half of them wait
             prompt = [number] * random.randint(50, 150)
             params = SamplingParams(ignore_eos=True)
@@ -80,13 +81,6 @@ def bench_schedule(args: argparse.Namespace) -> list[Row]:
             | {name: round(value, 3) for name, value in figures.items()}
         )
     return rows
-
-
-class _Nothing:
-    """A runner that computes nothing: every request that is up to date gets token 0."""
-
-    def run(self, plan: StepPlan) -> StepResult:
-        return StepResult({r.id: [0] for r, num_new in plan.scheduled if needs_token(r, num_new)})
 
 
 def _timed_ms(schedule: Callable[[], StepPlan], engine: Engine) -> float:

@@ -122,7 +122,7 @@ class KVManager:
         child.num_published, child.cache_parent = parent.num_published, parent.cache_parent
         child.block_hashes = list(parent.block_hashes)
         if self.allocator.is_contiguous:
-            child.block_ids = self.take(child, num_blocks)
+            child.block_ids = self.allocator.take(child, num_blocks)
             self.move(Move.COPY, parent.block_ids, child.block_ids)
             return True
         self._num_uses += 1
@@ -178,10 +178,6 @@ class KVManager:
         request.num_computed = request.num_published = request.num_dropped = 0
         request.cache_parent = None
 
-    def take(self, request: Request, num_blocks: int) -> list[int]:
-        """Blocks for a request, after the allocator said that it has them."""
-        return self.allocator.take(request, num_blocks)
-
     def share(self, block: Block) -> None:
         """One more owner; the block cannot be evicted now."""
         if block.ref_count == 0 and self.eviction is not None:
@@ -220,13 +216,13 @@ class KVManager:
     def _copy_tail(self, request: Request) -> None:
         index = request.num_computed // self.block_size
         source = self.pool.blocks[request.block_ids[index]]
-        [request.block_ids[index]] = self.take(request, 1)
+        [request.block_ids[index]] = self.allocator.take(request, 1)
         self.move(Move.COPY, [source.id], [request.block_ids[index]])
         self.events.emit(BlockCopied(self.step, request.id, source.id, request.block_ids[index]))
         self.let_go(source)
 
     def _extend_table(self, request: Request, num_missing: int) -> None:
-        fresh_ids = self.take(request, num_missing)
+        fresh_ids = self.allocator.take(request, num_missing)
         request.block_ids.extend(fresh_ids)
         self._taken_ids.extend(fresh_ids)
         if self.events:  # a step may do this for hundreds of requests

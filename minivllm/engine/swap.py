@@ -52,7 +52,7 @@ class SwapSpace:
 
     def swap_in(self, request: Request) -> None:
         """Bring a table's contents back into fresh blocks; they are offered to the prefix cache anew."""
-        held = self._kv.take(request, len(request.host_ids))
+        held = self._kv.allocator.take(request, len(request.host_ids))
         self._kv.move(Move.SWAP_IN, request.host_ids, held)
         self._kv.events.emit(SwappedIn(self._kv.step, request.id, tuple(held), tuple(request.host_ids)))
         self.forget(request)

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from minivllm.course.memory_use import MemoryUse, Refusal, Shares, average, memory_over_time, refusals, saturated
 from minivllm.engine.engine import Engine
-from minivllm.engine.plan import StepPlan, StepResult, needs_token
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError, MiniVLLMError
 from minivllm.events import Finished
+from minivllm.lab.fake_runner import SilentRunner
 from minivllm.provenance import provenance
 from minivllm.request import Request, SamplingParams
 from minivllm.trace import Trace
@@ -69,13 +69,6 @@ class Played:
     num_finished: int  # requests
     full: Sequence[MemoryUse]  # steps in which the pool was full, without the warm-up
     shares: Shares  # their average
-
-
-class SilentRunner:
-    """Answers token 0 at once, whatever the K and V."""
-
-    def run(self, plan: StepPlan) -> StepResult:
-        return StepResult({request.id: [0] for request, num_new in plan.scheduled if needs_token(request, num_new)})
 
 
 def play(allocator: str, lengths: Lengths, num_steps: int, seed: int = 0, block_size: int = 16) -> Trace:

@@ -131,6 +131,13 @@ class FakeRunner:
         return hash((digest, seed)) % self.vocab_size
 
 
+class SilentRunner:
+    """Answers token 0 at once, whatever the K and V."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        return StepResult({request.id: [0] for request, num_new in plan.scheduled if needs_token(request, num_new)})
+
+
 def fake_engine(**options: Any) -> tuple[Engine, FakeRunner]:
     """Ten blocks of four tokens and room for all, unless told otherwise."""
     defaults: dict[str, Any] = {"num_blocks": 11, "block_size": 4, "max_model_len": 40, "watermark": 0.0}

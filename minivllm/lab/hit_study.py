@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from minivllm.engine.cache_study import achieved, belady, optimum
 from minivllm.engine.engine import Engine
 from minivllm.engine_config import CHOICES, EngineConfig
-from minivllm.lab.allocator_study import SilentRunner
+from minivllm.lab.fake_runner import SilentRunner
 from minivllm.request import Request, SamplingParams
 from minivllm.workloads import shared_prefix, uniform
 
