@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivllm.config import DTYPE_BYTES, DTYPES, ModelConfig
-from minivllm.engine_config import WHOLE_PROMPTS, EngineConfig, Policies
+from minivllm.engine_config import WHOLE_PROMPTS, EngineConfig, Policies, capacity_tokens
 from minivllm.errors import ConfigError
+from minivllm.layer_groups import LayerGroups, group_layers, one_group
 from minivllm.outputs import Tokenizer
 from minivllm.runner.device import GIB, available_memory, choose_dtype, default_kv_cache_memory
 from minivllm.runner.kv_storage import block_bytes, blocks_in
@@ -26,38 +27,55 @@ def refuse_unknown(options: Mapping[str, object], function: Callable[..., None])
         raise ConfigError(f"LLM has no option {unknown[0]!r}: leave it out; there are {', '.join(known)}")
 
 
+def caches_prefixes(policies: Policies) -> bool:
+    """Whether prefixes are cached, where the user does not say: an allocator that cannot share has nothing to find."""
+    asks_for_cache = "prefix_cache" in policies or "eviction_policy" in policies
+    return policies.get("enable_prefix_caching", asks_for_cache or policies.get("allocator", "paged") == "paged")
+
+
+def choose_groups(model: ModelConfig, policies: Policies) -> LayerGroups:
+    """A table for each group of layers, where what a window has passed can be freed; else one table that keeps all."""
+    is_chain = (policies.get("prefix_cache", "hash"), policies.get("eviction_policy", "lru")) == ("hash", "lru")
+    is_apart = policies.get("allocator", "paged") == "paged" and (is_chain or not caches_prefixes(policies))
+    has_both = None in model.windows and model.windows.count(None) < len(model.windows)
+    return (group_layers if is_apart or not has_both else one_group)(model.num_layers, model.windows)
+
+
 def engine_config(
-    model: ModelConfig, policies: Policies, *, num_blocks: int, block_size: int, max_model_len: int, swap_space: float
+    model: ModelConfig,
+    policies: Policies,
+    groups: LayerGroups,
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int,
+    swap_space: float,
 ) -> EngineConfig:
     """All decisions in one place: the policies as asked for, and what follows from the model and the pool."""
-    chosen: dict[str, object] = {**policies}
-    asks_for_cache = "prefix_cache" in policies or "eviction_policy" in policies
-    chosen.setdefault("enable_prefix_caching", asks_for_cache or policies.get("allocator", "paged") == "paged")
+    chosen: dict[str, object] = {**policies, "enable_prefix_caching": caches_prefixes(policies)}
     if swap_space and "num_host_blocks" in policies:
         raise ConfigError("swap_space and num_host_blocks say the same in other units: give one of them")
     if swap_space:
-        chosen["num_host_blocks"] = host_blocks(swap_space, model, block_size)
+        chosen["num_host_blocks"] = host_blocks(swap_space, model, block_size, groups)
     num_host_blocks = policies.get("num_host_blocks")
-    num_bytes = num_host_blocks * block_bytes(model, block_size) if isinstance(num_host_blocks, int) else 0
+    num_bytes = num_host_blocks * block_bytes(model, block_size, groups) if isinstance(num_host_blocks, int) else 0
     if num_bytes > available_memory():
         gib = f"{num_bytes / GIB:.1f} GiB, and {available_memory() / GIB:.1f} GiB are free"
         raise ConfigError(f"num_host_blocks={num_host_blocks} would take {gib}: give fewer")
-    is_chunked = policies.get("enable_chunked_prefill", True) and policies.get("batching") not in WHOLE_PROMPTS
-    chosen["max_num_batched_tokens"] = step_budget(policies.get("max_num_batched_tokens"), max_model_len, is_chunked)
-    windows = [window for window in model.windows if window is not None]
-    chosen["window"] = max(windows) if model.windows and len(windows) == len(model.windows) else None
+    chosen["max_num_batched_tokens"] = step_budget(policies, max_model_len)
+    chosen["group_windows"] = groups.windows
     chosen |= {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
     return EngineConfig(**chosen, eos_token_ids=model.eos_token_ids)  # type: ignore[arg-type]
 
 
-def host_blocks(swap_space: object, model: ModelConfig, block_size: int) -> int:
+def host_blocks(swap_space: object, model: ModelConfig, block_size: int, groups: LayerGroups) -> int:
     """Host blocks that `swap_space` GiB hold."""
     if isinstance(swap_space, bool) or not isinstance(swap_space, int | float) or not 0 <= swap_space < 2**20:
         raise ConfigError(f"swap_space must be a number of GiB of at least 0, not {swap_space!r}")
     num_bytes = int(swap_space * GIB)
     if num_bytes > available_memory():
         raise ConfigError(f"swap_space of {swap_space} GiB is more than the {available_memory() / GIB:.1f} GiB free")
-    return num_bytes // block_bytes(model, block_size)
+    return num_bytes // block_bytes(model, block_size, groups)
 
 
 def read_model_config(source: ModelSource, dtype: str, device: str, batch_invariant: object) -> ModelConfig:
@@ -76,7 +94,12 @@ def read_model_config(source: ModelSource, dtype: str, device: str, batch_invari
 
 
 def pool_size(
-    config: ModelConfig, block_size: int, num_blocks: int | None, kv_cache_memory: int | None, device: str
+    config: ModelConfig,
+    groups: LayerGroups,
+    block_size: int,
+    num_blocks: int | None,
+    kv_cache_memory: int | None,
+    device: str,
 ) -> int:
     """Blocks of the KV pool, the null block included: as asked, or as many as the budget buys."""
     if not 1 <= block_size <= 256:
@@ -86,27 +109,34 @@ def pool_size(
             weight_bytes = config.num_parameters * DTYPE_BYTES[config.dtype]
             kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
         most = config.max_position * 1024  # a thousand requests of full length: more would never be used
-        num_blocks = min(blocks_in(kv_cache_memory, config, block_size), 1 + most // block_size)
+        most_blocks = 1 + len(groups.windows) * most // block_size
+        num_blocks = min(blocks_in(kv_cache_memory, config, block_size, groups), most_blocks)
     if num_blocks < 2:
         raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
-    num_bytes, free_bytes = num_blocks * block_bytes(config, block_size), available_memory()
+    num_bytes, free_bytes = num_blocks * block_bytes(config, block_size, groups), available_memory()
     if device == "cpu" and num_bytes > free_bytes:
         gib = f"{num_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB are free"
         raise ConfigError(f"the KV pool would take {gib}: lower kv_cache_memory or num_blocks")
     return num_blocks
 
 
-def longest_request(config: ModelConfig, asked: int | None, fits: int) -> int:
+def longest_request(
+    config: ModelConfig, policies: Policies, groups: LayerGroups, asked: int | None, num_blocks: int, block_size: int
+) -> int:
     """max_model_len: what was asked for, else what the pool and the model's positions allow."""
+    budget = step_budget(policies, config.max_position)
+    fits = capacity_tokens(num_blocks - 1, block_size, groups.windows, budget if isinstance(budget, int) else 1)
     if asked is not None and asked > config.max_position:
         raise ConfigError(f"max_model_len {asked} is beyond the model's {config.max_position} positions; lower it")
     return min(fits, config.max_position) if asked is None else asked
 
 
-def step_budget(asked: int | None, max_model_len: int, is_chunked: object) -> int:
+def step_budget(policies: Policies, max_model_len: int) -> int:
     """max_num_batched_tokens: as asked; without chunks, by default, the longest prompt fits in one step."""
+    asked = policies.get("max_num_batched_tokens")
     if asked is not None:
         return asked
+    is_chunked = policies.get("enable_chunked_prefill", True) and policies.get("batching") not in WHOLE_PROMPTS
     return DEFAULT_BUDGET if is_chunked else max(DEFAULT_BUDGET, max_model_len)
 
 

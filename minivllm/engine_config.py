@@ -1,5 +1,6 @@
 """How an engine is run: every decision of the scheduler and the KV manager that a user may set, checked when built."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -56,7 +57,8 @@ class EngineConfig:
     allocator: str = "paged"
     prefix_cache: str = "hash"
     eviction_policy: str = "lru"
-    window: int | None = None  # the longest sliding window, when every layer has one: what is older is freed
+    # One block table for each group of layers, and the sliding window beyond which the group's blocks are freed.
+    group_windows: tuple[int | None, ...] = (None,)
     watermark: float = 0.01  # share of the pool that admission leaves free for those already running
     eos_token_ids: tuple[int, ...] = field(default=())
 
@@ -88,8 +90,12 @@ class EngineConfig:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that fit in the pool; block 0 is the null block and holds none."""
-        return (self.num_blocks - 1) * self.block_size
+        """The longest request that fits in the pool; block 0 is the null block and holds none."""
+        return capacity_tokens(self.num_blocks - 1, self.block_size, self.group_windows, self.max_num_batched_tokens)
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens ever holds at a time."""
+        return most_blocks(num_tokens, self.block_size, self.group_windows, self.max_num_batched_tokens)
 
     @property
     def chunks_prompts(self) -> bool:
@@ -104,10 +110,12 @@ class EngineConfig:
     def _check_types(self) -> None:
         require_integers(
             max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens,
-            num_host_blocks=self.num_host_blocks, aging_steps=self.aging_steps, window=self.window,
+            num_host_blocks=self.num_host_blocks, aging_steps=self.aging_steps,
         )  # fmt: skip
         if self.max_num_seqs is None or self.max_num_batched_tokens is None:
             raise ConfigError("max_num_seqs and max_num_batched_tokens must be integers, not None")
+        if not self.group_windows or any(not is_window(window) for window in self.group_windows):
+            raise ConfigError(f"group_windows must be windows of at least 1 token or None, not {self.group_windows}")
         if self.num_host_blocks is None or self.num_host_blocks < 0:
             raise ConfigError(f"num_host_blocks must be at least 0, not {self.num_host_blocks}")
         for name in ("enable_prefix_caching", "enable_chunked_prefill"):
@@ -126,8 +134,36 @@ class EngineConfig:
         if self.preemption_mode == "swap" and self.num_host_blocks < 1:
             raise ConfigError("preemption_mode='swap' needs host memory: give swap_space (GiB) or num_host_blocks")
         keeps_starts = self.prefix_cache == "radix" or self.eviction_policy != "lru"
-        if self.window is not None and self.enable_prefix_caching and keeps_starts:
+        has_windows = self.group_windows != (None,)
+        if has_windows and self.enable_prefix_caching and keeps_starts:
             raise ConfigError(
-                "every layer of this model has a sliding window, so the starts of prefixes are freed: "
+                "layers of this model have a sliding window, so the starts of prefixes are freed: "
                 "use prefix_cache='hash' with eviction_policy='lru', or enable_prefix_caching=False"
             )
+        if len(self.group_windows) > 1 and self.allocator != "paged":
+            raise ConfigError(f"allocator={self.allocator!r} keeps one table for all layers: use allocator='paged'")
+        if len(self.group_windows) > 1 and self.group_windows[0] is not None:
+            raise ConfigError(f"the first of several groups must see all tokens, not {self.group_windows[0]}")
+
+
+def is_window(window: object) -> bool:
+    return window is None or (isinstance(window, int) and not isinstance(window, bool) and window >= 1)
+
+
+def most_blocks(num_tokens: int, block_size: int, group_windows: tuple[int | None, ...], budget: int) -> int:
+    """Blocks that a request ever holds at a time, when a step computes at most `budget` of its tokens.
+
+    A group with a window holds, while a chunk is computed, the chunk and the window - 1 tokens before it; they may
+    begin and end inside a block. The first group counts in full: a prefix hit brings its whole chain back.
+    most_blocks(1000, 16, (None, 32), 8) == 63 + 4.
+    """
+    whole = -(-num_tokens // block_size)
+    spans = [min(budget, num_tokens) + window - 1 for window in group_windows[1:] if window is not None]
+    num_full = len(group_windows) - len(spans)
+    return num_full * whole + sum(min(whole, (span + block_size - 2) // block_size + 1) for span in spans)
+
+
+def capacity_tokens(num_blocks: int, block_size: int, group_windows: tuple[int | None, ...], budget: int) -> int:
+    """The longest request that `num_blocks` blocks hold."""
+    lengths = range(num_blocks * block_size + 1)
+    return bisect_right(lengths, num_blocks, key=lambda n: most_blocks(n, block_size, group_windows, budget)) - 1

@@ -34,11 +34,15 @@ class Waited(Event):
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit(Event):
-    """The first tokens of an admitted request were found in the prefix cache; the last block may be used in part."""
+    """The first tokens of an admitted request were found in the prefix cache; the last block may be used in part.
+
+    Told for each group of layers; tables of groups with a sliding window begin with null blocks.
+    """
 
     request_id: str
     block_ids: tuple[int, ...]
     num_tokens: int
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,11 @@ class Evicted(Event):
 
 @dataclass(frozen=True, slots=True)
 class BlocksTaken(Event):
-    """Blocks left the free list and were appended to a request's block table."""
+    """Blocks left the free list and were appended to a request's block table, that of a group of layers."""
 
     request_id: str
     block_ids: tuple[int, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +82,12 @@ class BlockCached(Event):
     request_id: str
     block_id: int
     block_hash: int
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksReleased(Event):
-    """A request let go of all it held, in table order; a block nobody else holds becomes free."""
+    """A request let go of all it held, by position in its tables; a block nobody else holds becomes free."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -104,12 +110,16 @@ class Preempted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Forked(Event):
-    """A request was split off another: it began with the same tokens and, where it got a seat, the same blocks."""
+    """A request was split off another: it began with the same tokens and, where it got a seat, the same blocks.
+
+    `other_tables` are those of the groups of layers beyond the first.
+    """
 
     request_id: str
     parent_id: str
     block_ids: tuple[int, ...]
     num_computed: int
+    other_tables: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +150,11 @@ class BlocksReserved(Event):
 
 @dataclass(frozen=True, slots=True)
 class BlocksDropped(Event):
-    """Blocks fell out of the sliding window of every layer; the table keeps the null block in their places."""
+    """Blocks fell out of the sliding window of a group's layers; its table keeps the null block in their places."""
 
     request_id: str
     block_ids: tuple[int, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +168,25 @@ class SwappedOut(Event):
 
 @dataclass(frozen=True, slots=True)
 class SwappedIn(Event):
-    """A request's contents came back from the host into fresh blocks, which became its table."""
+    """A request's contents came back from the host into fresh blocks, which became its tables.
+
+    They are listed by position, for each position the first group's before the others'.
+    """
 
     request_id: str
     block_ids: tuple[int, ...]
     host_ids: tuple[int, ...]
+    num_dropped: tuple[int, ...] = (0,)  # by group: null blocks with which its table begins
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """By group of layers, null blocks included."""
+        remaining = iter(self.block_ids)
+        tables: list[list[int]] = [[] for _ in self.num_dropped]
+        for index in range((len(self.block_ids) + sum(self.num_dropped)) // len(tables)):
+            for table, num_dropped in zip(tables, self.num_dropped, strict=True):
+                table.append(0 if index < num_dropped else next(remaining))
+        return tables
 
 
 @dataclass(frozen=True, slots=True)

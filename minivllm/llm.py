@@ -14,6 +14,7 @@ from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, search_all
 from minivllm.chat_template import apply_template
 from minivllm.config import require_integers
 from minivllm.defaults import (
+    choose_groups,
     engine_config,
     load_tokenizer,
     longest_request,
@@ -75,15 +76,16 @@ class LLM:
         self.device = choose_device(device)
         dtype = str(dtype).removeprefix("torch.")
         self.model_config = read_model_config(source, dtype, self.device, batch_invariant)
-        num_blocks = pool_size(self.model_config, block_size, num_blocks, kv_cache_memory, self.device)
-        max_model_len = longest_request(self.model_config, max_model_len, (num_blocks - 1) * block_size)
+        groups = choose_groups(self.model_config, policies)
+        num_blocks = pool_size(self.model_config, groups, block_size, num_blocks, kv_cache_memory, self.device)
+        max_model_len = longest_request(self.model_config, policies, groups, max_model_len, num_blocks, block_size)
         config = engine_config(
-            self.model_config, policies, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len,
-            swap_space=swap_space,
+            self.model_config, policies, groups, num_blocks=num_blocks, block_size=block_size,
+            max_model_len=max_model_len, swap_space=swap_space,
         )  # fmt: skip
         self.tokenizer = load_tokenizer(source)
         built = build_model(self.model_config, source.weight_files if load_format == "auto" else [], seed, self.device)
-        self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device, config.num_host_blocks)
+        self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device, config.num_host_blocks, groups)
         self.runner = ModelRunner(built, self.model_config, self.storage, self.device)
         self.engine = Engine(config, self.runner)
         self.text_engine = TextEngine(self.engine, self.tokenizer, self.model, self.model_config.vocab_size, seed)
@@ -216,10 +218,10 @@ class LLM:
             "device": self.device,
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
-            "kv_bytes_per_token": block_bytes(model, 1),
-            "num_layers": model.num_layers,
-            "num_kv_heads": model.num_kv_heads,
-            "head_size": model.head_size,
+            "kv_bytes_per_token": block_bytes(model, 1, self.storage.groups),  # of one group
+            "num_layers": self.storage.groups.num_rows,
+            "num_kv_heads": model.cache_entry[1],
+            "head_size": model.cache_entry[2],
             **{name: getattr(config, name) for name in (*LIMITS, *CHOICES)},
             "live": "recorded",
             **provenance(self.seed),

@@ -112,6 +112,18 @@ def _whole(name: str, value: object, least: int) -> None:
 
 
 @dataclass(eq=False, slots=True)
+class BlockTable:
+    """Which physical block holds which positions, for one group of layers: entry i those from i * block_size on."""
+
+    block_ids: list[int] = field(default_factory=list)
+    num_dropped: int = 0  # leading blocks that fell out of the group's window: null blocks in the table
+
+    @property
+    def live_ids(self) -> list[int]:
+        return self.block_ids[self.num_dropped :]
+
+
+@dataclass(eq=False, slots=True)
 class Request:
     """One sequence in the engine. `num_computed` catches up with `num_tokens`; there are no phases."""
 
@@ -135,16 +147,20 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    block_ids: list[int] = field(default_factory=list)
+    tables: list[BlockTable] = field(default_factory=lambda: [BlockTable()])  # one for each group of layers
     block_hashes: list[int] = field(default_factory=list)  # chained, one for each full block of token_ids
     reserved_ids: list[int] = field(default_factory=list)  # set aside by a contiguous allocator, not yet in the table
-    host_ids: list[int] = field(default_factory=list)  # where a swapped-out table waits, entry for entry
-    num_dropped: int = 0  # leading blocks that fell out of the window: null blocks in the table
+    host_ids: list[int] = field(default_factory=list)  # where swapped-out tables wait, entry for entry
     pending_forks: list["Request"] = field(default_factory=list)  # samples that begin when the prompt is computed
     is_steered: bool = False  # its owner chooses its tokens: beam search
     is_held: bool = False  # steered, its logits are delivered, and it waits for the choice
     num_published: int = 0  # leading blocks that were offered to the prefix cache
     cache_parent: int | str | None = None  # the cache entry that the next published block continues; None: cannot
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The first group's table: the only one, unless some layers have a sliding window and others have none."""
+        return self.tables[0].block_ids
 
     @property
     def num_tokens(self) -> int:

@@ -80,7 +80,7 @@ def find_model(name: str | Path, load_format: str = "auto", show_progress: bool 
 
 
 def builtin_configs() -> dict[str, dict[str, object]]:
-    """Read the config.json of every model we know by name; `_name_or_path` is its id on the hub."""
+    """Read the config.json of every model we know by name; `_name_or_path` is its id on the hub, where it is there."""
     configs: dict[str, dict[str, object]] = json.loads(CONFIGS_FILE.read_text(encoding="utf-8"))
     return configs
 
@@ -141,9 +141,10 @@ def _check_weights(source: ModelSource, folder: Path) -> None:
 def _from_builtin(name: str, builtin: str, load_format: str, *, show_progress: bool) -> ModelSource:
     config = builtin_configs()[builtin]
     if builtin != DEFAULT_MODEL and load_format == "auto":
+        hub_id = f" ({config['_name_or_path']})" if "_name_or_path" in config else ""
         raise ModelError(
             f"{name} is a built-in config without weights: pass load_format='dummy' for random weights, "
-            f"or a folder or Hugging Face id ({config['_name_or_path']})"
+            f"or a folder or Hugging Face id{hub_id}"
         )
     if builtin != DEFAULT_MODEL:
         return ModelSource(name, config, folder=None)
@@ -196,7 +197,7 @@ def _unknown_model(name: str) -> ModelError:
     near = difflib.get_close_matches(name.lower(), names, n=1)
     suggestion = f" (did you mean '{near[0]}'?)" if near else ""
     return ModelError(
-        f"unknown model {name[:80]!r}{suggestion}: use {DEFAULT_MODEL}, a folder with config.json and *.safetensors, "
+        f"unknown model {name[:80]!r}{suggestion}: use {DEFAULT_MODEL}, a folder, "
         f"a Hugging Face id (org/name), or with load_format='dummy' one of: {', '.join(builtin_configs())}"
     )
 

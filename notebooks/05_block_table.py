@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from minivllm import LLM, SamplingParams
-from minivllm.engine.kv_manager import blocks_needed, slot_of
+from minivllm.engine.allocators import blocks_needed
+from minivllm.engine.tables import slot_of
 from minivllm.trace import Trace
 from minivllm.views.bars import Bars
 from minivllm.views.block_map import BlockMap

@@ -20,6 +20,15 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 20, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_shared_experts": 2, "first_k_dense_replace": 9, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
 # Every family and every switch of the model file: one line each.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa": ("LlamaConfig", {}),
@@ -44,7 +53,48 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "num_hidden_layers": 4}),
     "mistral": ("MistralConfig", {"sliding_window": 9, "num_hidden_layers": 3}),
+    "ministral-1to1": (
+        "MinistralConfig",
+        {"sliding_window": 9, "num_hidden_layers": 4, "head_dim": 16}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "qwen3-5to1": (  # the pattern of Gemma 3: two rows of the last group's blocks stay unused
+        "Qwen3Config",
+        {"use_sliding_window": True, "sliding_window": 6, "num_hidden_layers": 14, "hidden_size": 32, "head_dim": 16}
+        | {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+        | {"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2 + ["sliding_attention"] * 2},
+    ),
     "mistral-full": ("MistralConfig", {"sliding_window": None}),
+    "llama-yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "qwen3-yarn": ("Qwen3Config", {"head_dim": 32, "rope_parameters": YARN | {"truncate": False, "factor": 4.0}}),
+    "v2-dense": ("DeepseekV2Config", MLA),
+    "v2-dense-tied-bias-q-latent": (
+        "DeepseekV2Config",
+        MLA | {"q_lora_rank": 24, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "v2-yarn-odd-sizes": (
+        "DeepseekV2Config",
+        MLA
+        | {"kv_lora_rank": 22, "qk_nope_head_dim": 6, "qk_rope_head_dim": 6, "v_head_dim": 3}
+        | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "v2-moe": ("DeepseekV2Config", MLA | {"first_k_dense_replace": 1, "num_hidden_layers": 3}),
+    "v2-moe-groups": (
+        "DeepseekV2Config",
+        MLA | {"first_k_dense_replace": 0, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0},
+    ),
+    "v3-dense-halves-odd-sizes": (
+        "DeepseekV3Config",
+        MLA
+        | {"q_lora_rank": 19, "kv_lora_rank": 21, "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 3}
+        | {"rope_interleave": False, "num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
+    "v3-moe-yarn": (
+        "DeepseekV3Config",
+        MLA
+        | {"first_k_dense_replace": 1, "num_hidden_layers": 3, "q_lora_rank": 24, "n_shared_experts": 1}
+        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}},
+    ),
 }
 
 
@@ -68,7 +118,8 @@ def reference_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
             torch.manual_seed(7)
             config = getattr(transformers, class_name)(**{**SHAPE, **changes})
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            for name, parameter in model.named_parameters():  # zero biases and unit norms would hide a missing one
+            tensors = [*model.named_parameters(), *model.named_buffers()]
+            for name, parameter in tensors:  # zero biases and unit norms would hide a missing one
                 if name.endswith("bias") or "norm" in name:
                     torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
             folder = tmp_path_factory.mktemp(family)

@@ -7,8 +7,8 @@ import torch
 
 from minivllm.attention import Backend, ForwardBatch
 from minivllm.config import ModelConfig
-from minivllm.engine.kv_manager import slot_of
-from minivllm.models.llama import LlamaModel
+from minivllm.engine.tables import slot_of
+from minivllm.models.decoder import Decoder
 from minivllm.runner.kv_storage import KVStorage
 
 Chunk = tuple[int, int]  # which sequence, how many new tokens of it
@@ -17,7 +17,7 @@ Chunk = tuple[int, int]  # which sequence, how many new tokens of it
 class Machine:
     """A model and a pool of shuffled blocks, driven step by step: sequences with token ids, a table and a length."""
 
-    def __init__(self, model: LlamaModel, config: ModelConfig, backend: Backend, block_size: int, seed: int) -> None:
+    def __init__(self, model: Decoder, config: ModelConfig, backend: Backend, block_size: int, seed: int) -> None:
         self.model, self.config, self.backend, self.block_size = model, config, backend, block_size
         num_blocks = 10 + -(-1800 // block_size)
         self.storage = KVStorage(config, num_blocks, block_size, "cpu")

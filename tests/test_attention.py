@@ -12,7 +12,7 @@ from minivllm.attention import ForwardBatch, torch_backend
 from minivllm.attention.reference import paged_attention_reference
 from minivllm.attention.torch_backend import TorchAttention
 from minivllm.config import ModelConfig
-from minivllm.engine.kv_manager import slot_of
+from minivllm.engine.tables import slot_of
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.transforms.prepack import PackedLinear, can_prepack, prepack_linears
 
@@ -133,7 +133,7 @@ def test_both_ways_to_decode_in_bf16_equal_their_twin(
 
 
 def test_groups_are_cut_where_padding_costs_more_than_a_group() -> None:
-    cut = torch_backend._similar_lengths
+    cut = torch_backend.similar_lengths
     assert cut([], []) == []
     assert cut([0, 1, 2], [10, 2000, 20]) == [[0, 2], [1]]
     assert cut([3, 5], [0, 0, 0, 90, 0, 100]) == [[3, 5]]

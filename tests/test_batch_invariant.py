@@ -19,7 +19,7 @@ from minivllm import LLM, RequestOutput, SamplingParams
 from minivllm.attention.invariant_backend import InvariantAttention
 from minivllm.attention.torch_backend import TorchAttention
 from minivllm.config import ModelConfig
-from minivllm.models.llama import LlamaModel
+from minivllm.models.decoder import Decoder
 from minivllm.request import Request
 from minivllm.runner.loader import build_model
 from minivllm.runner.sampler import sample, token_logprobs
@@ -112,7 +112,7 @@ CASES += [("llama-gqa", "bfloat16"), ("mistral", "bfloat16")]
 
 
 @cache
-def built(folder: Path, dtype: str, is_invariant: bool) -> tuple[LlamaModel, ModelConfig, torch.Tensor]:
+def built(folder: Path, dtype: str, is_invariant: bool) -> tuple[Decoder, ModelConfig, torch.Tensor]:
     """A model, its config, and the logits of PROMPT alone in one piece."""
     config = replace(ModelConfig.from_json(json.loads((folder / "config.json").read_text())), dtype=dtype)
     model = build_model(config, [folder / "model.safetensors"], 0, "cpu")

@@ -216,8 +216,8 @@ def test_unknown_policy_gets_one_line(name: str) -> None:
     [
         ({"allocator": "buddy"}, "enable_prefix_caching=False"),
         ({"preemption_mode": "swap"}, "swap_space"),
-        ({"window": 8, "prefix_cache": "radix"}, "prefix_cache='hash'"),
-        ({"window": 8, "eviction_policy": "lfu"}, "eviction_policy='lru'"),
+        ({"group_windows": (8,), "prefix_cache": "radix"}, "prefix_cache='hash'"),
+        ({"group_windows": (8,), "eviction_policy": "lfu"}, "eviction_policy='lru'"),
         ({"aging_steps": 0}, "aging_steps"),
         ({"num_host_blocks": -3}, "num_host_blocks must be at least 0"),
         ({"num_host_blocks": None}, "num_host_blocks must be at least 0"),

@@ -2,8 +2,9 @@
 
 import pytest
 
+from minivllm.engine.allocators import blocks_needed
 from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool, CacheEntry
-from minivllm.engine.kv_manager import blocks_needed, slot_of
+from minivllm.engine.tables import slot_of
 from minivllm.lab.fake_runner import fake_engine, fake_request
 
 

@@ -25,7 +25,7 @@ from minivllm.engine.swap import SwapSpace
 from minivllm.engine_config import CHOICES, EngineConfig
 from minivllm.events import KINDS
 from minivllm.lab.random_life import fitting, live_at_random, live_once
-from minivllm.request import Request
+from minivllm.request import BlockTable, Request
 
 STEPS_PER_SEED = int(os.environ.get("MINIVLLM_FUZZ_STEPS", "40000"))
 SEEDS = [int(seed) for seed in os.environ.get("MINIVLLM_FUZZ_SEEDS", "0").split(",")]
@@ -41,11 +41,11 @@ MUST_SEE = (
     *(f"Admitted {reason}" for reason in ("fits", "alone", "new_batch", "swapped_in")),
     *(f"Preempted {why}" for why in ("no_blocks", "itself", "held", "recompute", "swap")),
     *(f"evicted by {policy}" for policy in CHOICES["eviction_policy"]),
-    "abort in a step", "chunk", "chunk beside decode", "copy of a part", "copy of a tail", "duplicate block",
-    "end length", "end stop", "end stop token", "exchange with an idle one", "failed step", "fork outside a window",
-    "fork without a seat", "hit after preemption", "host full", "lingering", "lingering cleared under pressure",
-    "others unharmed", "overtaken", "part given up", "partial hit", "pin refused", "prompt logprobs", "reset",
-    "reset refused", "salted hit", "samples", "stop string",
+    "abort in a step", "chunk", "chunk beside decode", "companion", "copy of a part", "copy of a tail",
+    "duplicate block", "end length", "end stop", "end stop token", "exchange with an idle one", "failed step",
+    "fork outside a window", "fork without a seat", "hit after preemption", "hit beside a window", "host full",
+    "lingering", "lingering cleared under pressure", "others unharmed", "overtaken", "part given up", "partial hit",
+    "pin refused", "prompt logprobs", "reset", "reset refused", "salted hit", "samples", "stop string",
 )  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def test_random_lives_keep_every_invariant(seed: int) -> None:
 
 SIZES = {"num_blocks": 25, "max_model_len": 20, "max_num_seqs": 4, "max_num_batched_tokens": 8, "num_host_blocks": 9}
 PAIRED: dict[str, tuple[object, ...]] = {
-    **CHOICES, "enable_prefix_caching": (True, False), "window": (None, 3), "block_size": (1, 5),
+    **CHOICES, "enable_prefix_caching": (True, False), "group_windows": ((None,), (3,), (None, 3)),
+    "block_size": (1, 5),
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def covering_configs(random: Random) -> list[EngineConfig]:
     configs: list[EngineConfig] = []
     covered: set[frozenset[tuple[str, object]]] = set()
     while True:  # of some guesses the one that adds most, until none adds anything
-        guesses = [{name: random.choice(values) for name, values in PAIRED.items()} for _ in range(200)]
+        guesses = [{name: random.choice(values) for name, values in PAIRED.items()} for _ in range(800)]
         best = max((fitting(**SIZES, **guess) for guess in guesses), key=lambda config: len(pairs_of(config) - covered))
         if pairs_of(best) <= covered:
             return configs
@@ -90,7 +91,8 @@ def test_every_two_policies_live_together() -> None:
         for value, other in product(PAIRED[first], PAIRED[second])
     }
     rivals = CHOICES["allocator"][1:]  # each request has blocks of its own: nothing to cache
-    assert all_pairs - covered == {frozenset([("allocator", r), ("enable_prefix_caching", True)]) for r in rivals}
+    shared = (("enable_prefix_caching", True), ("group_windows", (None, 3)))
+    assert all_pairs - covered == {frozenset([("allocator", rival), what]) for rival in rivals for what in shared}
     for config in configs:
         live_once(config, random, seen)
     assert seen["steps"] > 3_000
@@ -147,13 +149,13 @@ def end_one_late(self: Scheduler, request: Request, token_id: int) -> str | None
     return "length" if request.num_output > request.max_tokens else None
 
 
-def clear_what_was_copied(kv: KVManager, request: Request) -> None:
-    copy_tail(kv, request)
+def clear_what_was_copied(kv: KVManager, request: Request, group: int) -> None:
+    copy_tail(kv, request, group)
     kv._taken_ids.append(request.block_ids[request.num_computed // kv.block_size])
 
 
-def copy_and_keep(kv: KVManager, request: Request) -> None:
-    copy_tail(kv, request)
+def copy_and_keep(kv: KVManager, request: Request, group: int) -> None:
+    copy_tail(kv, request, group)
     kv.move(Move.COPY, request.block_ids[:1], request.block_ids[:1])
 
 
@@ -163,7 +165,8 @@ def swap_in_reversed(swap: SwapSpace, request: Request) -> None:
 
 
 def fork_without_sharing(kv: KVManager, parent: Request, child: Request) -> bool:
-    child.block_ids, child.num_computed = list(parent.block_ids), parent.num_computed
+    child.tables = [BlockTable(list(table.block_ids), table.num_dropped) for table in parent.tables]
+    child.num_computed = parent.num_computed
     return True
 
 

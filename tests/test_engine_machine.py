@@ -42,7 +42,7 @@ class EngineMachine(RuleBasedStateMachine):
         allocator=st.sampled_from(("paged",) * 4 + CHOICES["allocator"][1:]),
         prefix_cache=st.sampled_from(CHOICES["prefix_cache"]),
         eviction_policy=st.sampled_from(CHOICES["eviction_policy"]),
-        window=st.sampled_from((None, 3, 1, 8)),
+        group_windows=st.sampled_from(((None,), (None,), (3,), (8,), (None, 3), (None, 5, 5))),
         watermark=st.floats(0, 0.3),
         eos_token_ids=st.sampled_from(((), (), (0,))),
     )
@@ -150,7 +150,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None,
+    max_examples=200, stateful_step_count=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 

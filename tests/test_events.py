@@ -36,7 +36,7 @@ def record_policies() -> Trace:
         {"prefix_cache": "radix", "max_model_len": 20},
         {"preemption_mode": "swap", "num_host_blocks": 8, "num_blocks": 5, "max_model_len": 16},
         {"allocator": "contiguous", "enable_prefix_caching": False},
-        {"window": 3, "enable_prefix_caching": False},
+        {"group_windows": (3,), "enable_prefix_caching": False},
     ):
         engine, _ = fake_engine(**options)
         engine.events.listen(trace)

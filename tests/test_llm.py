@@ -317,7 +317,7 @@ def with_config(folder: Path, target: Path, **changes: object) -> Path:
         ({"head_dim": 12}, "head size 12"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"intermediate_size": 100}, "has shape [64, 96], config.json asks for [64, 100]"),
         ({"num_hidden_layers": 3}, "lacks weights for 6 parameters"),

@@ -14,8 +14,8 @@ from minivllm.course.memory_use import PARTS, MemoryUse, Refusal, average, memor
 from minivllm.engine.allocators import RULES, ContiguousAllocator
 from minivllm.engine.block_pool import NULL_BLOCK
 from minivllm.engine.engine import Engine
-from minivllm.engine.kv_manager import slot_of
 from minivllm.engine.plan import StepPlan
+from minivllm.engine.tables import slot_of
 from minivllm.engine_config import CHOICES, EngineConfig
 from minivllm.errors import MiniVLLMError, RequestError
 from minivllm.events import BlocksReserved
@@ -126,7 +126,7 @@ def random_options(random: Random) -> dict[str, object]:
     if random.random() < 0.5:
         options |= {"preemption_mode": "swap", "num_host_blocks": random.choice((4, 40))}
     if random.random() < 0.3:
-        options |= {"window": random.choice((2, 5, 9)), "prefix_cache": "hash", "eviction_policy": "lru"}
+        options |= {"group_windows": (random.choice((2, 5, 9)),), "prefix_cache": "hash", "eviction_policy": "lru"}
     return options
 
 

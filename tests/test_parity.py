@@ -9,10 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from minivllm import LLM, SamplingParams
-from minivllm.attention.torch_backend import TorchAttention
 from minivllm.engine.plan import StepPlan
-from minivllm.request import Request
-from minivllm.runner.batch import build_batch
+from minivllm.request import BlockTable, Request
 from tests.conftest import FAMILIES
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -38,18 +36,15 @@ def all_logits(llm: LLM, prompt: list[int]) -> torch.Tensor:
     """Logits of every position of a prompt, through the paged cache in one step."""
     num_blocks = -(-len(prompt) // llm.config.block_size)
     request = Request("r", prompt, len(prompt), SamplingParams(prompt_logprobs=0), 1)
-    request.block_ids = list(range(num_blocks, 0, -1))  # any order will do: the table says where things are
-    plan = StepPlan(1, [(request, len(prompt))], request.block_ids, [])
-    batch = build_batch(plan, llm.config.block_size, "cpu")
-    with torch.inference_mode():
-        attention = TorchAttention(llm.model_config, batch, list(llm.storage.layers))
-        return llm.runner.model(batch.token_ids, batch.positions, batch.logit_rows, attention)
+    block_ids = list(range(num_blocks * len(llm.config.group_windows), 0, -1))  # any order will do: the tables say
+    request.tables = [BlockTable(block_ids[i : i + num_blocks]) for i in range(0, len(block_ids), num_blocks)]
+    return llm.runner.logits(StepPlan(1, [(request, len(prompt))], [], []))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, reference_model: Build) -> None:
     folder, model = reference_model(family)
-    llm = LLM(folder, dtype="float32", num_blocks=40)
+    llm = LLM(folder, dtype="float32", num_blocks=80)
     prompt = mixed_prompts(1, 100, seed=3)[0] + list(range(100))
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0]

@@ -223,7 +223,7 @@ def test_a_lower_rate_is_advised_only_where_it_helps(counts: dict[str, int], adv
     ("options", "text"),
     [
         ({"block_size": 8}, "fitted on block_size=4, not 8: set block_size=4, or record"),
-        ({"window": 50}, "fitted on window=None, not 50"),
+        ({"group_windows": (50,)}, "fitted on window=None, not 50"),
         ({"allocator": "buddy", "enable_prefix_caching": False}, "fitted on allocator='paged', not 'buddy'"),
     ],
 )

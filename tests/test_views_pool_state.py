@@ -108,7 +108,9 @@ POLICIES: list[dict[str, object]] = [
     {},
     {"prefix_cache": "radix", "eviction_policy": "fifo"},
     {"preemption_mode": "swap", "num_host_blocks": 48},
-    {"window": 5},
+    {"group_windows": (5,)},
+    {"group_windows": (None, 5, 5)},
+    {"group_windows": (None, 3), "preemption_mode": "swap", "num_host_blocks": 48},
     {"batching": "static"},
     {"allocator": "oracle", "enable_prefix_caching": False},
     {"allocator": "buddy", "enable_prefix_caching": False, "preemption_mode": "swap", "num_host_blocks": 20},
@@ -118,9 +120,11 @@ POLICIES: list[dict[str, object]] = [
 @pytest.mark.parametrize("policies", POLICIES, ids=str)
 @pytest.mark.parametrize("block_size", [1, 3, 4, 16])
 def test_fold_agrees_with_the_real_pool_after_every_step(block_size: int, policies: dict[str, object]) -> None:
-    sizes = {"block_size": block_size, "num_blocks": 1 + 48 // block_size, "max_num_batched_tokens": 16}
+    num_groups = len(policies.get("group_windows", "1"))  # type: ignore[arg-type]
+    num_blocks = 1 + num_groups * 48 // block_size
+    sizes = {"block_size": block_size, "num_blocks": num_blocks, "max_num_batched_tokens": 16}
     engine, _ = fake_engine(**sizes, **policies)
-    fold = PoolFold({"num_blocks": 1 + 48 // block_size, "block_size": block_size})
+    fold = PoolFold({"num_blocks": num_blocks, "block_size": block_size})
     engine.events.listen(fold.apply)
     requests = [fake_request(str(i), [7] * 9 + [i] * i, max_tokens=12) for i in range(5)]
     for request in requests:
@@ -135,8 +139,8 @@ def test_fold_agrees_with_the_real_pool_after_every_step(block_size: int, polici
         assert state.num_free == pool.num_free
         assert [b.ref_count for b in state.blocks] == [b.ref_count for b in pool.blocks]
         assert [b.is_cached for b in state.blocks] == [b.entry is not None for b in pool.blocks]
-        assert {r.request_id: list(r.block_ids) for r in state.holders} == {
-            r.id: r.block_ids for r in requests if r.block_ids
+        assert {r.request_id: [list(ids) for ids in (r.block_ids, *r.other_tables)] for r in state.holders} == {
+            r.id: [table.block_ids for table in r.tables] for r in requests if r.block_ids
         }
         alive = [r for r in state.requests if r.request_id in engine.requests and r.block_ids]
         assert [r.num_computed for r in alive] == [engine.requests[r.request_id].num_computed for r in alive]

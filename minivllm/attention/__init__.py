@@ -28,7 +28,10 @@ class ForwardBatch:
 
 
 class LayerKV(Protocol):
-    """K and V of one layer, each [num_blocks, block_size, num_kv_heads, head_size]."""
+    """K and V of one layer, each [num_blocks, block_size, heads, size].
+
+    Of a model with latent attention: k has one row of r + dr numbers for each token, v is a view of its first r.
+    """
 
     @property
     def k(self) -> torch.Tensor: ...
@@ -42,11 +45,31 @@ class Attention(Protocol):
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
 
 
-Backend = Callable[[ModelConfig, ForwardBatch, "list[LayerKV]"], Attention]
+class LatentAttention(Protocol):
+    """The same for latent attention (DeepSeek): queries of H heads in two parts, and new rows [T, r + dr] to store.
+
+    w_uk [H, dn, r] and w_uv [H, dv, r] make head h's key and value of a latent: [w_uk latent | rope key], w_uv latent.
+    Gives [T, H, dv]. Whether keys are built or w_uk goes to the query's side is the backend's choice, per request.
+    """
+
+    def attend_latent(
+        self,
+        layer: int,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        rows: torch.Tensor,
+        w_uk: torch.Tensor,
+        w_uv: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+
+Backend = Callable[[ModelConfig, ForwardBatch, "list[LayerKV]"], Attention | LatentAttention]
 
 
 def choose_backend(device: str, config: ModelConfig) -> Backend:
     """Our Triton kernels on a GPU, for the head sizes they have; torch's own operators anywhere else."""
+    if config.mla:
+        return _choose_latent_backend(device, config)
     if config.batch_invariant:
         from minivllm.attention.invariant_backend import InvariantAttention
 
@@ -61,3 +84,15 @@ def choose_backend(device: str, config: ModelConfig) -> Backend:
     from minivllm.attention.torch_backend import TorchAttention
 
     return TorchAttention
+
+
+def _choose_latent_backend(device: str, config: ModelConfig) -> Backend:
+    """The same choice for latent attention; the kernel's tiles are whole: it takes sizes that are powers of two."""
+    if device.startswith("cuda") and find_spec("triton"):
+        from minivllm.attention.latent_triton import TritonLatentBackend, fits_kernel
+
+        if fits_kernel(config):
+            return TritonLatentBackend(config, device)
+    from minivllm.attention.latent_torch import TorchLatentAttention
+
+    return TorchLatentAttention

@@ -43,10 +43,11 @@ class TorchAttention:
         self.block_size = layers[0].k.shape[1]
         self.mask_dtype = layers[0].k.dtype
         self.windows: set[Window] = set(config.windows) or {None}
+        self.widest = None if None in self.windows else max(window for window in self.windows if window)
         starts, num_tokens = batch.query_starts.tolist(), batch.num_tokens.tolist()
         num_new = [end - start for start, end in pairwise(starts)]
         singles = [r for r, new in enumerate(num_new) if new == 1]
-        self.groups = [self._single_queries(part, num_tokens) for part in _similar_lengths(singles, num_tokens)]
+        self.groups = [self._single_queries(part, num_tokens) for part in similar_lengths(singles, num_tokens)]
         self.groups += [
             self._many_queries(r, starts[r], new, num_tokens[r]) for r, new in enumerate(num_new) if new > 1
         ]
@@ -83,21 +84,27 @@ class TorchAttention:
     def _single_queries(self, requests: list[int], num_tokens: list[int]) -> _Group:
         lengths = self.batch.num_tokens[requests]
         num_blocks = -(-max(num_tokens[r] for r in requests) // self.block_size)
-        table = self.batch.block_table[requests, :num_blocks]
+        first = self._first_seen(min(num_tokens[r] for r in requests) - 1)
+        table = self.batch.block_table[requests, first:num_blocks]
         rows = self.batch.query_starts[requests]
-        masks = {w: self._mask(lengths[:, None] - 1, table, w)[:, None] for w in self.windows}  # [b, 1, 1, S]
+        masks = {w: self._mask(lengths[:, None] - 1, table, first, w)[:, None] for w in self.windows}  # [b, 1, 1, S]
         return _Group(rows, table, masks, num_queries=1)
 
     def _many_queries(self, request: int, start: int, num_new: int, num_tokens: int) -> _Group:
-        table = self.batch.block_table[request : request + 1, : -(-num_tokens // self.block_size)]
+        first = self._first_seen(num_tokens - num_new)
+        table = self.batch.block_table[request : request + 1, first : -(-num_tokens // self.block_size)]
         positions = torch.arange(num_tokens - num_new, num_tokens, device=table.device)[None]
         group = self.config.num_heads // self.config.num_kv_heads
-        masks = {w: self._mask(positions, table, w).repeat(1, group, 1)[:, None] for w in self.windows}
+        masks = {w: self._mask(positions, table, first, w).repeat(1, group, 1)[:, None] for w in self.windows}
         return _Group(slice(start, start + num_new), table, masks, num_new)
 
-    def _mask(self, positions: torch.Tensor, table: torch.Tensor, window: Window) -> torch.Tensor:
-        """0 where a query at `positions` [b, t] sees a key, -inf where not: [b, t, S]."""
-        keys = torch.arange(table.shape[1] * self.block_size, device=table.device)
+    def _first_seen(self, position: int) -> int:
+        """The first block that a query at `position` sees, or one after it: what stands before is not read."""
+        return 0 if self.widest is None else max(0, position + 1 - self.widest) // self.block_size
+
+    def _mask(self, positions: torch.Tensor, table: torch.Tensor, first: int, window: Window) -> torch.Tensor:
+        """0 where a query at `positions` [b, t] sees a key, -inf where not: [b, t, S]; keys begin at block `first`."""
+        keys = torch.arange(first * self.block_size, (first + table.shape[1]) * self.block_size, device=table.device)
         distance = positions[:, :, None] - keys
         is_seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         mask = torch.zeros(is_seen.shape, dtype=self.mask_dtype, device=table.device)
@@ -112,7 +119,7 @@ def _matmul_attention(
     return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v.contiguous())
 
 
-def _similar_lengths(requests: list[int], num_tokens: list[int]) -> list[list[int]]:
+def similar_lengths(requests: list[int], num_tokens: list[int]) -> list[list[int]]:
     """Groups that are read together: a group is cut where that saves more padding than a group costs.
 
     ([0, 1, 2], [10, 2000, 20]) -> [[0, 2], [1]]
@@ -125,4 +132,4 @@ def _similar_lengths(requests: list[int], num_tokens: list[int]) -> list[list[in
     if not saved or max(saved) <= GROUP_COST_TOKENS:
         return [sorted(requests)]  # in the batch's order: a group of all requests needs no scattering
     cut = saved.index(max(saved)) + 1
-    return _similar_lengths(ordered[:cut], num_tokens) + _similar_lengths(ordered[cut:], num_tokens)
+    return similar_lengths(ordered[:cut], num_tokens) + similar_lengths(ordered[cut:], num_tokens)

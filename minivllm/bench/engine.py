@@ -21,8 +21,8 @@ from minivllm.errors import ConfigError
 from minivllm.events import StepRan
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
-from minivllm.request import Request, SamplingParams
-from minivllm.runner.batch import build_batch
+from minivllm.request import BlockTable, Request, SamplingParams
+from minivllm.runner.batch import build_batches
 from minivllm.text_files import write_text
 from minivllm.trace import Trace
 from minivllm.weights import find_model
@@ -162,13 +162,13 @@ def bench_overhead(args: argparse.Namespace) -> list[Row]:
 def _time_batches(llm: LLM) -> float:
     """Milliseconds to turn a 16-request decode plan into tensors."""
     requests = [
-        Request(str(i), [0] * 200, 199, SamplingParams(), 1, num_computed=199, block_ids=list(range(1, 14)))
+        Request(str(i), [0] * 200, 199, SamplingParams(), 1, num_computed=199, tables=[BlockTable([*range(1, 14)])])
         for i in range(16)
     ]
     plan = StepPlan(1, [(request, 1) for request in requests], [], [])
     started_s = time.perf_counter()
     for _ in range(200):
-        build_batch(plan, llm.config.block_size, llm.device)
+        build_batches(plan, llm.config.block_size, llm.device)
     return (time.perf_counter() - started_s) / 200 * 1e3
 
 

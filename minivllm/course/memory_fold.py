@@ -5,9 +5,9 @@ How far at the end of that life is known only then, so what was reserved comes o
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import (
@@ -55,7 +55,7 @@ class Holding:
     num_prompt: int
     max_tokens: int
     num_stored: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    tables: dict[int, list[int]] = field(default_factory=dict)  # by group of layers
     reserved_ids: list[int] = field(default_factory=list)  # the rest of its run
     num_rounded: int = 0  # slots of its run beyond what was asked for: whole blocks, whole buddies
 
@@ -110,17 +110,18 @@ class MemoryFold:
             case Waited(reason="no_blocks"):
                 self._is_short = True
             case PrefixHit(request_id=id_):
-                self._cache(event.block_ids)
-                self._extend(id_, event.block_ids, event.num_tokens)
+                self._cache(block_id for block_id in event.block_ids if block_id != NULL_BLOCK)
+                self._extend(id_, event.block_ids, event.num_tokens, event.group)
             case BlocksReserved(request_id=id_):
                 self._reserve(id_, event.block_ids)
             case BlocksTaken(request_id=id_):
-                self._extend(id_, event.block_ids)
+                self._extend(id_, event.block_ids, group=event.group)
             case Forked(request_id=id_):
-                self._extend(id_, event.block_ids, event.num_computed)
+                for group, table in enumerate((event.block_ids, *event.other_tables)):
+                    self._extend(id_, table, event.num_computed, group)
             case SwappedIn(request_id=id_):
-                num_dropped = -(-self._request(id_).num_stored // self.block_size) - len(event.block_ids)
-                self._extend(id_, (NULL_BLOCK,) * num_dropped + event.block_ids)
+                for group, block_ids in enumerate(event.tables):
+                    self._extend(id_, block_ids, group=group)
             case BlockCopied(request_id=id_):
                 self._replace(id_, event.source_id, event.block_id)
             case BlockExchanged(request_id=id_):
@@ -151,13 +152,14 @@ class MemoryFold:
         request = self._request(request_id)
         return slots_asked(self.allocator, request.num_prompt, request.max_tokens, self.max_model_len)
 
-    def _extend(self, id_: str, block_ids: tuple[int, ...], num_stored: int | None = None) -> None:
-        """Blocks were appended to a table; some may hold K and V already."""
+    def _extend(self, id_: str, block_ids: Sequence[int], num_stored: int | None = None, group: int = 0) -> None:
+        """Blocks were appended to a group's table; some may hold K and V already."""
         request = self._request(id_)
         request.num_stored = request.num_stored if num_stored is None else num_stored
         del request.reserved_ids[: len(block_ids)]
-        first = len(request.block_ids)
-        request.block_ids.extend(block_ids)
+        table = request.tables.setdefault(group, [])
+        first = len(table)
+        table.extend(block_ids)
         for block_id in block_ids:
             self._hold(id_, block_id)
         self._fill_table(request, first)
@@ -172,8 +174,9 @@ class MemoryFold:
 
     def _replace(self, id_: str, old_id: int, new_id: int) -> None:
         request = self._request(id_)
-        index = request.block_ids.index(old_id)
-        request.block_ids[index] = new_id
+        [table] = [table for table in request.tables.values() if old_id in table]
+        index = table.index(old_id)
+        table[index] = new_id
         self._hold(id_, new_id)
         self._fill_table(request, index)
         self._let_go(id_, old_id)
@@ -184,7 +187,7 @@ class MemoryFold:
             self._let_go(id_, block_id)
         self._num_rounded -= request.num_rounded
         request.num_stored = request.num_rounded = 0
-        request.block_ids, request.reserved_ids = [], []
+        request.tables, request.reserved_ids = {}, []
 
     def _hold(self, name: str, block_id: int) -> None:
         if block_id == NULL_BLOCK or name in self.holders[block_id]:
@@ -209,7 +212,7 @@ class MemoryFold:
     def _end_use(self, id_: str) -> None:
         """An ended request still has blocks in a static batch: nobody reads them any more."""
         request = self._request(id_)
-        for block_id in {*request.block_ids, *request.reserved_ids} - {NULL_BLOCK}:
+        for block_id in {*chain(*request.tables.values()), *request.reserved_ids} - {NULL_BLOCK}:
             self._leave(id_, block_id)
 
     def _leave(self, name: str, block_id: int) -> None:
@@ -225,19 +228,24 @@ class MemoryFold:
         self._filled_change[len(self._booked)] -= num_filled
 
     def _fill_table(self, request: Holding, first: int) -> None:
-        for index in range(first, len(request.block_ids)):
-            block_id = request.block_ids[index]
-            more = min(self.block_size, request.num_stored - index * self.block_size) - self._fill[block_id]
-            if more > 0 and block_id != NULL_BLOCK:
-                self._fill[block_id] += more
-                self._num_live += more
+        for table in request.tables.values():
+            for index in range(first, len(table)):
+                block_id = table[index]
+                more = min(self.block_size, request.num_stored - index * self.block_size) - self._fill[block_id]
+                if more > 0 and block_id != NULL_BLOCK:
+                    self._fill[block_id] += more
+                    self._num_live += more
 
     def _promised(self, block_id: int) -> int:
         """How far a block of somebody who still runs will be filled, should nothing end that before max_tokens."""
         fills = [0]
         for id_ in self._users[block_id] & self.requests.keys():
             request = self.requests[id_]
-            start = (request.block_ids + request.reserved_ids).index(block_id) * self.block_size
+            tables = request.tables.values() if block_id not in request.reserved_ids else ()
+            [index] = [t.index(block_id) for t in tables if block_id in t] or [
+                len(request.tables.get(0, [])) + request.reserved_ids.index(block_id)
+            ]
+            start = index * self.block_size
             fills.append(min(self.block_size, request.num_prompt + request.max_tokens - 1 - start))
         return max(fills)
 

@@ -33,6 +33,7 @@ class CacheEntry:
     block_hash: int
     token_ids: tuple[int, ...]
     parent: int | str  # serial of the entry one block earlier; for the first block, the namespace salt
+    group: int = 0  # of layers; entries beside that of group 0 share its serial
 
 
 class BlockPool:

@@ -147,12 +147,13 @@ class Engine:
         pool, digest = self.kv.pool, xxhash.xxh3_64()
         for queue in (self.scheduler.running, self.scheduler.waiting):
             for r in queue:
-                held = (r.block_ids, r.reserved_ids, r.host_ids, r.num_dropped)
+                tables = [(table.block_ids, table.num_dropped) for table in r.tables]
+                held = (tables, r.reserved_ids, r.host_ids)
                 forks = [fork.id for fork in r.pending_forks]
                 digest.update(repr((r.id, r.num_computed, r.num_preemptions, held, forks, r.is_held)).encode())
                 digest.update(array("q", r.token_ids).tobytes())
             digest.update(b"|")
-        lingering = [(r.id, r.block_ids) for r in self.scheduler.lingering]
+        lingering = [(r.id, [t.block_ids for t in r.tables]) for r in self.scheduler.lingering]
         digest.update(repr((self.pins.blocks_of_ids(), self.scheduler.swap.free_ids, lingering)).encode())
         digest.update(array("q", [block.ref_count for block in pool.blocks]).tobytes())
         digest.update(array("Q", [block.entry.block_hash if block.entry else 0 for block in pool.blocks]).tobytes())

@@ -1,17 +1,21 @@
 """Block tables of the requests: find cached prefixes, grow, fork and copy on write, publish full blocks, let go.
 
-`request.block_ids[i]` holds positions i*block_size .. (i+1)*block_size-1. A table has exactly the blocks that its
-computed and scheduled tokens need (invariant I10). Blocks may have several owners; who writes to one that others hold,
-or that the prefix cache keeps, gets a copy first (I12). Full blocks are never written again, so they are never copied.
+Entry i of a table holds positions i*block_size .. (i+1)*block_size-1. A table has exactly the blocks that its
+computed and scheduled tokens need (invariant I10). Where some layers have a sliding window and others see all, each
+group of layers has a table; all are equally long, those with a window begin with null blocks. Blocks may have several
+owners; who writes to one that others hold, or that the prefix cache keeps, gets a copy first (I12). Full blocks are
+never written again, so they are never copied.
 """
 
 from minivllm.engine.allocators import blocks_needed as blocks_needed
 from minivllm.engine.allocators import build_allocator
 from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool
+from minivllm.engine.companions import Companions
 from minivllm.engine.eviction import Eviction
 from minivllm.engine.plan import Move, Transfer
 from minivllm.engine.prefix_cache import HashChainCache, Hit, NoCache, PrefixCache, chain_hash, root_hash
 from minivllm.engine.radix_cache import RadixCache
+from minivllm.engine.tables import held_ids, num_unseen
 from minivllm.engine_config import EngineConfig
 from minivllm.events import (
     BlockCached,
@@ -25,12 +29,7 @@ from minivllm.events import (
     Evicted,
     PrefixHit,
 )
-from minivllm.request import Request
-
-
-def slot_of(position: int, block_ids: list[int], block_size: int) -> int:
-    """Where a position's K and V live: slot_of(37, [7, 1, 3], 16) == 3 * 16 + 5 == 53."""
-    return block_ids[position // block_size] * block_size + position % block_size
+from minivllm.request import BlockTable, Request
 
 
 class KVManager:
@@ -44,10 +43,12 @@ class KVManager:
         self.cache: PrefixCache = NoCache()
         if self.caches_prefixes:
             self.cache = (RadixCache if config.prefix_cache == "radix" else HashChainCache)(config.block_size)
+        self.companions = Companions(config.group_windows[1:], config.block_size)
         # The free list is in the order of LRU already, and in the hash chain any block may go.
         is_lru_chain = (config.prefix_cache, config.eviction_policy) == ("hash", "lru")
         self.eviction = None if is_lru_chain else Eviction(config.eviction_policy, self.cache)
         self.allocator = build_allocator(config, self.pool, self._make_empty, self._tell_reserved)
+        self.num_groups = len(config.group_windows)
         self.num_watermark = int(config.watermark * self.pool.num_usable)
         self.events = events
         self.step = 0
@@ -69,44 +70,51 @@ class KVManager:
         if not self.caches_prefixes or request.params.prompt_logprobs is not None:
             return Hit([], 0)
         self._extend_hashes(request)
-        return self.cache.match(request, request.num_tokens - 1)
+        hit = self.cache.match(request, request.num_tokens - 1)
+        return hit if self.num_groups == 1 else self.companions.shorten(hit)
 
     def can_admit(self, request: Request, hit: Hit, num_new: int, keep_watermark: bool) -> bool:
         """Whether the pool can serve the request's first `num_new` tokens after its cached ones."""
         num_held = len(hit.blocks) - (hit.num_tokens % self.block_size > 0)  # a block known in part will be copied
         num_fresh = blocks_needed(hit.num_tokens + num_new, self.block_size) - num_held
         spared = self.num_watermark if keep_watermark else 0
-        return self.allocator.can_take(request, num_fresh + hit.num_revived, spared)
+        return self.allocator.can_take(request, num_fresh * self.num_groups + hit.num_revived, spared)
 
     def adopt(self, request: Request, hit: Hit) -> None:
-        """Start the request's table with cached blocks; their tokens count as computed."""
+        """Start the request's tables with cached blocks; their tokens count as computed."""
         assert not request.block_ids and request.num_computed == 0
         self._num_uses += 1
-        for block in hit.blocks:
-            block.num_hits += 1
-            self.share(block)
-            block.priority = min(block.priority, request.priority)
-        request.block_ids = [block.id for block in hit.blocks]
+        request.tables = []
+        for blocks in hit.tables or [[] for _ in self.config.group_windows]:
+            for block in blocks:
+                block.num_hits += 1
+                self.share(block)
+                block.priority = min(block.priority, request.priority)
+            num_dropped = len(hit.blocks) - len(blocks)
+            block_ids = [NULL_BLOCK] * num_dropped + [block.id for block in blocks]
+            request.tables.append(BlockTable(block_ids, num_dropped))
         request.num_computed = hit.num_tokens
         request.num_published = hit.num_tokens // self.block_size
         last_entry = hit.blocks[request.num_published - 1].entry if request.num_published else None
         request.cache_parent = last_entry.serial if last_entry else request.salt
         if hit.blocks:
-            self.events.emit(PrefixHit(self.step, request.id, tuple(request.block_ids), request.num_computed))
+            for group, table in enumerate(request.tables):
+                self.events.emit(PrefixHit(self.step, request.id, tuple(table.block_ids), request.num_computed, group))
 
     def grow(self, request: Request, num_new: int) -> bool:
         """Make room for `num_new` more tokens; False, and nothing changed, when the pool is short."""
         num_blocks = blocks_needed(request.num_computed + num_new, self.block_size)
         num_missing = num_blocks - len(request.block_ids)
-        is_copying = self._writes_to_shared(request)
-        if num_missing <= 0 and not is_copying:
+        copying = [group for group in range(len(request.tables)) if self._writes_to_shared(request, group)]
+        if num_missing <= 0 and not copying:
             return True
-        if not self.allocator.can_take(request, num_missing + is_copying):
+        if not self.allocator.can_take(request, num_missing * len(request.tables) + len(copying)):
             return False
-        if is_copying:
-            self._copy_tail(request)
+        for group in copying:
+            self._copy_tail(request, group)
         if num_missing > 0:
-            self._extend_table(request, num_missing)
+            for group in range(len(request.tables)):
+                self._extend_table(request, group, num_missing)
         return True
 
     def fork(self, parent: Request, child: Request) -> bool:
@@ -118,17 +126,18 @@ class KVManager:
         num_blocks = len(parent.block_ids)
         if self.allocator.is_contiguous and not self.allocator.can_take(child, num_blocks):
             return False
-        child.num_computed, child.num_dropped = parent.num_computed, parent.num_dropped
+        child.num_computed = parent.num_computed
         child.num_published, child.cache_parent = parent.num_published, parent.cache_parent
         child.block_hashes = list(parent.block_hashes)
         if self.allocator.is_contiguous:
-            child.block_ids = self.allocator.take(child, num_blocks)
+            child.tables = [BlockTable(self.allocator.take(child, num_blocks))]
             self.move(Move.COPY, parent.block_ids, child.block_ids)
             return True
         self._num_uses += 1
-        child.block_ids = list(parent.block_ids)
-        for block_id in child.block_ids[child.num_dropped :]:
-            self.share(self.pool.blocks[block_id])
+        child.tables = [BlockTable(list(table.block_ids), table.num_dropped) for table in parent.tables]
+        for table in child.tables:
+            for block_id in table.live_ids:
+                self.share(self.pool.blocks[block_id])
         return True
 
     def publish(self, request: Request) -> None:
@@ -147,35 +156,38 @@ class KVManager:
             if block.entry is not None and not had_entry:
                 block.priority = request.priority
                 self.events.emit(BlockCached(self.step, request.id, block.id, block_hash))
+            if request.cache_parent is not None and self.num_groups > 1:
+                self._publish_beside(request, index, request.cache_parent)
             elif request.cache_parent is not None and self.cache.deduplicates:
                 self._exchange(request, index, self.cache.holder(request.cache_parent))
         request.num_published = num_full
 
     def drop_outside_window(self, request: Request) -> None:
-        """Free the blocks that no layer's sliding window reaches any more: the next query is at num_computed."""
-        if self.config.window is None or self.allocator.is_contiguous:
+        """Free the blocks that the next query, at num_computed, does not see through its group's sliding window."""
+        if self.allocator.is_contiguous:
             return
-        num_unseen = max(0, request.num_computed - self.config.window + 1) // self.block_size
-        dropped = request.block_ids[request.num_dropped : num_unseen]
-        if not dropped:
-            return
-        request.block_ids[request.num_dropped : num_unseen] = [NULL_BLOCK] * len(dropped)
-        request.num_dropped = num_unseen
-        self.events.emit(BlocksDropped(self.step, request.id, tuple(dropped)))
-        for block_id in dropped:
-            self.let_go(self.pool.blocks[block_id])
+        for group, (table, window) in enumerate(zip(request.tables, self.config.group_windows, strict=True)):
+            num_past = num_unseen(request.num_computed, window, self.block_size)
+            dropped = table.block_ids[table.num_dropped : num_past]
+            if not dropped:
+                continue
+            table.block_ids[table.num_dropped : num_past] = [NULL_BLOCK] * len(dropped)
+            table.num_dropped = num_past
+            self.events.emit(BlocksDropped(self.step, request.id, tuple(dropped), group))
+            for block_id in dropped:
+                self.let_go(self.pool.blocks[block_id])
 
     def release(self, request: Request) -> None:
-        """Give the whole table back, tail first, so that the ends of prefixes are evicted before their starts."""
-        held = [*request.block_ids[request.num_dropped :], *request.reserved_ids]
+        """Give all tables back, tails first, so that the ends of prefixes are evicted before their starts."""
+        held = [*held_ids(request), *request.reserved_ids]
         if held:
             self.events.emit(BlocksReleased(self.step, request.id, tuple(held)))
         self._num_uses += 1
         for block_id in reversed(held):
             self.let_go(self.pool.blocks[block_id])
         self.allocator.forget(request)
-        request.block_ids, request.reserved_ids = [], []
-        request.num_computed = request.num_published = request.num_dropped = 0
+        request.tables, request.reserved_ids = [BlockTable() for _ in self.config.group_windows], []
+        request.num_computed = request.num_published = 0
         request.cache_parent = None
 
     def share(self, block: Block) -> None:
@@ -205,28 +217,39 @@ class KVManager:
             self._evict(block if self.eviction is None else self.eviction.victim())
         return True
 
-    def _writes_to_shared(self, request: Request) -> bool:
+    def _writes_to_shared(self, request: Request, group: int) -> bool:
         """Whether the next token falls into a block that others read: the cache, a fork, the parent of one."""
-        index = request.num_computed // self.block_size
-        if index >= len(request.block_ids):
+        index, table = request.num_computed // self.block_size, request.tables[group].block_ids
+        if index >= len(table):
             return False
-        block = self.pool.blocks[request.block_ids[index]]
+        block = self.pool.blocks[table[index]]
         return block.ref_count > 1 or block.entry is not None
 
-    def _copy_tail(self, request: Request) -> None:
-        index = request.num_computed // self.block_size
-        source = self.pool.blocks[request.block_ids[index]]
-        [request.block_ids[index]] = self.allocator.take(request, 1)
-        self.move(Move.COPY, [source.id], [request.block_ids[index]])
-        self.events.emit(BlockCopied(self.step, request.id, source.id, request.block_ids[index]))
+    def _copy_tail(self, request: Request, group: int) -> None:
+        index, table = request.num_computed // self.block_size, request.tables[group].block_ids
+        source = self.pool.blocks[table[index]]
+        [table[index]] = self.allocator.take(request, 1)
+        self.move(Move.COPY, [source.id], [table[index]])
+        self.events.emit(BlockCopied(self.step, request.id, source.id, table[index]))
         self.let_go(source)
 
-    def _extend_table(self, request: Request, num_missing: int) -> None:
+    def _extend_table(self, request: Request, group: int, num_missing: int) -> None:
         fresh_ids = self.allocator.take(request, num_missing)
-        request.block_ids.extend(fresh_ids)
+        request.tables[group].block_ids.extend(fresh_ids)
         self._taken_ids.extend(fresh_ids)
         if self.events:  # a step may do this for hundreds of requests
-            self.events.emit(BlocksTaken(self.step, request.id, tuple(fresh_ids)))
+            self.events.emit(BlocksTaken(self.step, request.id, tuple(fresh_ids), group))
+
+    def _publish_beside(self, request: Request, index: int, serial: int) -> None:
+        """Let the other groups' blocks for the same tokens be found with the first group's."""
+        holder = self.cache.holder(serial)
+        for group, table in enumerate(request.tables[1:], start=1):
+            block = self.pool.blocks[table.block_ids[index]]
+            if holder is None or holder.entry is None or block.id == NULL_BLOCK:
+                continue  # it fell out of the window before it was published
+            if self.companions.add(block, holder.entry, group):
+                block.priority = request.priority
+                self.events.emit(BlockCached(self.step, request.id, block.id, request.block_hashes[index], group))
 
     def _exchange(self, request: Request, index: int, holder: Block | None) -> None:
         """Let the table name the cached block instead of a duplicate of it."""
@@ -251,7 +274,7 @@ class KVManager:
     def _evict(self, block: Block) -> None:
         if self.eviction is not None:
             self.eviction.remove(block)
-        self.cache.evict(block)
+        (self.companions if block.entry and block.entry.group else self.cache).evict(block)
         self.pool.move_to_front(block)
         self.events.emit(Evicted(self.step, block.id))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from minivllm.engine.allocators import blocks_needed
 from minivllm.engine.block_pool import Block
 from minivllm.engine.kv_manager import KVManager
 from minivllm.errors import RequestError
@@ -25,7 +24,8 @@ class Pins:
         """
         self.require_room(name, 0)
         probe = Request("", [*token_ids, -1], len(token_ids), SamplingParams(), 1, salt=salt)
-        blocks = self._kv.match(probe).without_part(self._kv.block_size).blocks
+        hit = self._kv.match(probe).without_part(self._kv.block_size)
+        blocks = [block for table in hit.tables for block in table]
         if not blocks:
             raise RequestError(
                 f"pin {name!r}: no full block of these {len(token_ids)} tokens is cached; run them first"
@@ -35,7 +35,7 @@ class Pins:
             self._kv.share(block)
         self.blocks_of[name] = blocks
         self._kv.events.emit(Pinned(self._kv.step, name, tuple(block.id for block in blocks)))
-        return len(blocks) * self._kv.block_size
+        return hit.num_tokens
 
     def require_room(self, name: str, num_tokens: int) -> None:
         """Raise RequestError when a pin of this name and of `num_tokens` new tokens could never be."""
@@ -48,7 +48,7 @@ class Pins:
     def _require_rest(self, name: str, num_pinned: int) -> None:
         """What is not pinned must hold one request of max_model_len."""
         num_left, longest = self._kv.pool.num_usable - num_pinned, self._kv.config.max_model_len
-        if num_left < blocks_needed(longest, self._kv.block_size):
+        if num_left < self._kv.config.most_blocks(longest):
             raise RequestError(
                 f"pin {name!r}: with {num_pinned} blocks pinned a request of max_model_len {longest} would never fit; "
                 "lower max_model_len, unpin another prefix or give more blocks"

@@ -8,7 +8,7 @@ one block earlier; by induction the whole prefix is then equal (no reliance on t
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import xxhash
@@ -36,16 +36,22 @@ class Hit:
 
     blocks: list[Block]  # in table order; a radix tree may know only the start of what the last one is to hold
     num_tokens: int
+    others: list[list[Block]] = field(default_factory=list)  # of the other groups of layers: the ends of their tables
+
+    @property
+    def tables(self) -> list[list[Block]]:
+        """By group of layers; empty where nothing was found."""
+        return [self.blocks, *self.others] if self.blocks else []
 
     def without_part(self, block_size: int) -> "Hit":
         """Only the blocks that are known whole."""
         num_whole = self.num_tokens // block_size
-        return Hit(self.blocks[:num_whole], num_whole * block_size)
+        return Hit(self.blocks[:num_whole], num_whole * block_size, self.others)
 
     @property
     def num_revived(self) -> int:
         """Blocks that leave the free list when the hit is adopted."""
-        return sum(block.ref_count == 0 for block in self.blocks)
+        return sum(block.ref_count == 0 for blocks in self.tables for block in blocks)
 
 
 class PrefixCache(Protocol):

@@ -129,7 +129,8 @@ class Scheduler:
         else:
             child.is_held = False
             self.waiting.add(child)
-        self.events.emit(Forked(self.step, child.id, parent.id, tuple(child.block_ids), child.num_computed))
+        first, *others = (tuple(table.block_ids) for table in child.tables)
+        self.events.emit(Forked(self.step, child.id, parent.id, first, child.num_computed, tuple(others)))
 
     def _advance_running(self, budget: int, preempted: list[Request]) -> Scheduled:
         scheduled: Scheduled = []

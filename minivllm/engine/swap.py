@@ -7,9 +7,9 @@ The runner moves the bytes before it computes, in the order in which the moves w
 """
 
 from minivllm.engine.allocators import blocks_needed
-from minivllm.engine.block_pool import NULL_BLOCK
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.plan import Move
+from minivllm.engine.tables import deal, held_ids
 from minivllm.events import SwappedIn, SwappedOut
 from minivllm.request import Request
 
@@ -32,32 +32,36 @@ class SwapSpace:
         return self._free[::-1]
 
     def swap_out(self, request: Request) -> bool:
-        """Send a table's contents to the host and release its blocks; False when the host is short of room."""
-        held = request.block_ids[request.num_dropped :]
+        """Send the tables' contents to the host and release their blocks; False when the host is short of room."""
+        held = held_ids(request)
         if not held or len(held) > len(self._free):
             return False
         host_ids = [self._free.pop() for _ in held]
         self._kv.move(Move.SWAP_OUT, held, host_ids)
         self._kv.events.emit(SwappedOut(self._kv.step, request.id, tuple(held), tuple(host_ids)))
-        num_computed, num_dropped = request.num_computed, request.num_dropped
+        num_computed, dropped = request.num_computed, [table.num_dropped for table in request.tables]
         self._kv.release(request)
-        request.num_computed, request.num_dropped, request.host_ids = num_computed, num_dropped, host_ids
+        request.num_computed, request.host_ids = num_computed, host_ids
+        for table, num_dropped in zip(request.tables, dropped, strict=True):
+            table.num_dropped = num_dropped
         return True
 
     def can_swap_in(self, request: Request, num_new: int, keep_watermark: bool) -> bool:
         """Whether the pool can hold what waits here and `num_new` more tokens."""
-        num_blocks = blocks_needed(request.num_computed + num_new, self._kv.block_size) - request.num_dropped
+        whole = blocks_needed(request.num_computed + num_new, self._kv.block_size)
+        num_blocks = sum(whole - table.num_dropped for table in request.tables)
         spared = self._kv.num_watermark if keep_watermark else 0
         return self._kv.allocator.can_take(request, num_blocks, spared)
 
     def swap_in(self, request: Request) -> None:
-        """Bring a table's contents back into fresh blocks; they are offered to the prefix cache anew."""
+        """Bring the tables' contents back into fresh blocks; they are offered to the prefix cache anew."""
         held = self._kv.allocator.take(request, len(request.host_ids))
         self._kv.move(Move.SWAP_IN, request.host_ids, held)
-        self._kv.events.emit(SwappedIn(self._kv.step, request.id, tuple(held), tuple(request.host_ids)))
+        dropped = tuple(table.num_dropped for table in request.tables)
+        self._kv.events.emit(SwappedIn(self._kv.step, request.id, tuple(held), tuple(request.host_ids), dropped))
         self.forget(request)
-        request.block_ids = [NULL_BLOCK] * request.num_dropped + held
-        request.num_published, request.cache_parent = 0, None if request.num_dropped else request.salt
+        request.tables = deal(request, held, self._kv.block_size)
+        request.num_published, request.cache_parent = 0, None if request.tables[0].num_dropped else request.salt
 
     def forget(self, request: Request) -> None:
         """Free the host blocks of a request that came back or left."""

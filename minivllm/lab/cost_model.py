@@ -79,7 +79,9 @@ class EngineShape:
 
     @staticmethod
     def of(config: EngineConfig) -> "EngineShape":
-        return EngineShape(config.block_size, config.window, config.allocator)
+        if len(config.group_windows) > 1:
+            raise ConfigError("the cost model knows one block table a request: take a model whose layers are alike")
+        return EngineShape(config.block_size, config.group_windows[0], config.allocator)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def copy_engine(engine: Engine, runner: Runner, config: EngineConfig | None = No
     memo |= _twin_blocks(engine.kv.pool)
     for request in (*engine.requests.values(), *engine.scheduler.lingering):
         memo[id(request.params)] = request.params
-        for ids in (request.token_ids, request.block_ids, request.block_hashes):
+        for ids in (request.token_ids, request.block_hashes, *(table.block_ids for table in request.tables)):
             memo[id(ids)] = list(ids)  # at C speed; deepcopy would visit every integer
     copied = copy.deepcopy(engine, memo)
     if config != engine.config:
@@ -83,7 +83,7 @@ def places_written(plan: StepPlan, block_size: int) -> set[Place]:
     places |= {Place(block_id) for block_id in plan.fresh_block_ids}
     for request, num_new in plan.scheduled:
         first, end = request.num_computed // block_size, blocks_needed(request.num_computed + num_new, block_size)
-        places |= {Place(block_id) for block_id in request.block_ids[first:end]}
+        places |= {Place(block_id) for table in request.tables for block_id in table.block_ids[first:end]}
     return places
 
 

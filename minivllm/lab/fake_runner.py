@@ -11,8 +11,8 @@ from typing import Any
 
 from minivllm.engine.block_pool import NULL_BLOCK, CacheEntry
 from minivllm.engine.engine import Engine
-from minivllm.engine.kv_manager import slot_of
 from minivllm.engine.plan import Move, StepPlan, StepResult, Transfer, needs_token
+from minivllm.engine.tables import slot_of
 from minivllm.engine_config import EngineConfig
 from minivllm.request import Request, SamplingParams
 
@@ -29,17 +29,20 @@ class Fingerprint:
 class FakeRunner:
     """Tokens 0 .. vocab_size-1; make 0 the engine's EOS to see requests end early.
 
-    With a `window` a token sees itself and the window - 1 before it: only those slots are read and verified. The digest
-    still covers the whole prefix, as the K and V of a deep model nearly do, so the answers are those without a window.
+    Each group of layers has slots of its own. With a window a token sees itself and the window - 1 before it: only
+    those slots are read and verified. The digest still covers the whole prefix, as the K and V of a deep model nearly
+    do, so the answers are those without a window.
     """
 
-    def __init__(self, block_size: int, vocab_size: int = 12, window: int | None = None) -> None:
+    def __init__(self, block_size: int, vocab_size: int = 12, windows: tuple[int | None, ...] = (None,)) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self.window = window
+        self.windows = windows  # by group of layers
         self.contents: dict[int, Fingerprint] = {}  # by slot
         self.host: dict[int, list[Fingerprint | None]] = {}  # by host block
-        self.entries: dict[int, tuple[CacheEntry, list[Fingerprint]]] = {}  # cached blocks by serial, as first seen
+        self.entries: dict[
+            tuple[int, int], tuple[CacheEntry, list[Fingerprint]]
+        ] = {}  # by serial and group, as first seen
         self.before: Callable[[StepPlan], None] = lambda plan: None  # looks at the plan
         self.after: Callable[[StepPlan], None] = lambda plan: None  # may raise or abort: the slots are written
         self._written: dict[Request, tuple[int, int]] = {}  # preemptions so far, end of what was written since
@@ -61,7 +64,7 @@ class FakeRunner:
 
     def twin(self, num_host_blocks: int) -> "FakeRunner":
         """The same answers from slots of its own, all empty; it has as many host blocks as it is asked for."""
-        return FakeRunner(self.block_size, self.vocab_size, self.window)
+        return FakeRunner(self.block_size, self.vocab_size, self.windows)
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
         """What the block's slots hold, for another runner to load."""
@@ -108,22 +111,24 @@ class FakeRunner:
         for position in range(start, end):
             token_id = request.token_ids[position]
             digest = hash((digest, token_id))  # ints only: the same in every process
-            slot = slot_of(position, request.block_ids, self.block_size)
-            self.contents[slot] = Fingerprint(token_id, position, digest)
+            for table in request.tables:
+                slot = slot_of(position, table.block_ids, self.block_size)
+                self.contents[slot] = Fingerprint(token_id, position, digest)
         self._written[request] = request.num_preemptions, end
 
     def _read(self, request: Request, end: int, query: int) -> int:
         """The digest of the first `end` tokens; every one that the token at `query` sees is verified in its slot."""
-        digest, first_seen = 0, 0 if self.window is None else query - self.window + 1
+        digest, firsts_seen = 0, [0 if window is None else query - window + 1 for window in self.windows]
         for position, token_id in enumerate(request.token_ids[:end]):
             digest = hash((digest, token_id))
-            if position < first_seen:
-                continue
-            block_id = request.block_ids[position // self.block_size]
-            assert block_id != NULL_BLOCK, f"I16: {request.id} at {position} is read by {query} and was dropped"
-            slot = slot_of(position, request.block_ids, self.block_size)
-            found, expected = self.contents.get(slot), Fingerprint(token_id, position, digest)
-            assert found == expected, f"I16: {request.id} at {position}, slot {slot}: {found}, not {expected}"
+            for table, first_seen in zip(request.tables, firsts_seen, strict=True):
+                if position < first_seen:
+                    continue
+                block_id = table.block_ids[position // self.block_size]
+                assert block_id != NULL_BLOCK, f"I16: {request.id} at {position} is read by {query} and was dropped"
+                slot = slot_of(position, table.block_ids, self.block_size)
+                found, expected = self.contents.get(slot), Fingerprint(token_id, position, digest)
+                assert found == expected, f"I16: {request.id} at {position}, slot {slot}: {found}, not {expected}"
         return digest
 
     def _next_token(self, request: Request, seed: int) -> int:
@@ -142,7 +147,7 @@ def fake_engine(**options: Any) -> tuple[Engine, FakeRunner]:
     """Ten blocks of four tokens and room for all, unless told otherwise."""
     defaults: dict[str, Any] = {"num_blocks": 11, "block_size": 4, "max_model_len": 40, "watermark": 0.0}
     config = EngineConfig(**{**defaults, **options})
-    runner = FakeRunner(config.block_size, window=config.window)
+    runner = FakeRunner(config.block_size, windows=config.group_windows)
     return Engine(config, runner), runner
 
 

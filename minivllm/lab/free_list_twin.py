@@ -37,10 +37,11 @@ class FreeListTwin:
     def __call__(self, event: Event) -> None:
         """Be a listener: `engine.events.listen(twin)`."""
         match event:
-            case PrefixHit(block_ids=block_ids) | Forked(block_ids=block_ids) | Pinned(block_ids=block_ids):
-                for block_id in block_ids:
-                    if block_id != NULL_BLOCK:  # where a fork's window has passed
-                        self._share(block_id)
+            case PrefixHit(block_ids=block_ids) | Pinned(block_ids=block_ids):
+                self._share_all(block_ids)
+            case Forked(block_ids=block_ids, other_tables=other_tables):
+                for table in (block_ids, *other_tables):
+                    self._share_all(table)
             case Evicted(block_id=block_id):
                 self._evict(block_id)
             case BlocksTaken(block_ids=block_ids) | SwappedIn(block_ids=block_ids):
@@ -70,6 +71,11 @@ class FreeListTwin:
     def check(self, pool: BlockPool) -> None:
         """Assert that the pool's free list is the one that the events tell."""
         assert list(pool.free_ids()) == self.free, f"I14: free list {list(pool.free_ids())}, events say {self.free}"
+
+    def _share_all(self, block_ids: tuple[int, ...]) -> None:
+        for block_id in block_ids:
+            if block_id != NULL_BLOCK:  # where a window has passed
+                self._share(block_id)
 
     def _share(self, block_id: int) -> None:
         if block_id in self._reserved:

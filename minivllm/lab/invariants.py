@@ -8,12 +8,13 @@ from collections import Counter
 from itertools import pairwise
 
 from minivllm.engine import kv_manager
-from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool
+from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool, CacheEntry
 from minivllm.engine.engine import Engine
 from minivllm.engine.kv_manager import blocks_needed
 from minivllm.engine.plan import StepPlan
 from minivllm.engine.policies import order_of
 from minivllm.engine.prefix_cache import HashChainCache, root_hash
+from minivllm.engine.tables import held_ids
 from minivllm.lab.fake_runner import FakeRunner
 from minivllm.request import Request, Status
 
@@ -47,9 +48,11 @@ def check_plan(engine: Engine, plan: StepPlan) -> None:
             assert end == request.num_tokens, f"I11: {request.id} is chunked"
         # I10: exactly the blocks that computed and scheduled tokens need.
         needed = blocks_needed(end, config.block_size)
-        assert len(request.block_ids) == needed, f"I10: {request.id} has {len(request.block_ids)} blocks, not {needed}"
+        for table in request.tables:
+            assert len(table.block_ids) == needed, f"I10: {request.id} has {len(table.block_ids)} blocks, not {needed}"
         # I12: only a sole owner writes, and never to a block that is cached.
-        for block_id in request.block_ids[request.num_computed // config.block_size :]:
+        first = request.num_computed // config.block_size
+        for block_id in (block_id for table in request.tables for block_id in table.block_ids[first:]):
             assert pool.blocks[block_id].ref_count == 1, f"I12: {request.id} writes to shared block {block_id}"
             assert pool.blocks[block_id].entry is None, f"I5: {request.id} writes to cached block {block_id}"
 
@@ -92,11 +95,7 @@ def _stands_in_order(engine: Engine) -> bool:
 
 def _check_ownership(engine: Engine) -> None:
     pool, owners = engine.kv.pool, [*engine.requests.values(), *engine.scheduler.lingering]
-    held = Counter(
-        block_id
-        for request in owners
-        for block_id in (*request.block_ids[request.num_dropped :], *request.reserved_ids)
-    )
+    held = Counter(block_id for request in owners for block_id in (*held_ids(request), *request.reserved_ids))
     held.update(block_id for ids in engine.pins.blocks_of_ids().values() for block_id in ids)
     free = list(pool.free_ids())
     # I4: no table points to a free block.
@@ -108,10 +107,12 @@ def _check_ownership(engine: Engine) -> None:
     assert NULL_BLOCK not in free and NULL_BLOCK not in held, "I2: the null block was handed out"
     assert {NULL_BLOCK, *free, *held} == set(range(len(pool.blocks))), "I2: a block is lost"
     for request in owners:
-        live = request.block_ids[request.num_dropped :]
+        live = held_ids(request)
         assert len(set(live)) == len(live), f"I1: {request.id} holds a block twice"
         assert NULL_BLOCK not in live, f"I2: the null block is in the live part of {request.id}"
-        assert set(request.block_ids[: request.num_dropped]) <= {NULL_BLOCK}, f"I10: {request.id} dropped and kept"
+        for table in request.tables:
+            passed = set(table.block_ids[: table.num_dropped])
+            assert passed <= {NULL_BLOCK}, f"I10: {request.id} dropped and kept {passed}"
     host_ids = [id_ for request in owners for id_ in request.host_ids]
     all_host_ids = sorted([*host_ids, *engine.scheduler.swap.free_ids])
     assert all_host_ids == list(range(1, engine.config.num_host_blocks + 1)), f"I2: host blocks {all_host_ids}"
@@ -136,19 +137,27 @@ def _check_free_list(pool: BlockPool) -> None:
 def _check_cache(engine: Engine) -> None:
     cache, blocks = engine.kv.cache, engine.kv.pool.blocks
     holders = [block for block in blocks if block.entry is not None]
+    firsts = [block for block in holders if block.entry and block.entry.group == 0]
     for block in holders:
-        assert block.entry and cache.holder(block.entry.serial) is block, f"I6: block {block.id} is not its own holder"
+        assert block.entry and _holder(engine, block.entry) is block, f"I6: block {block.id} is not its own holder"
         # I5: a cached block is full.
         assert len(block.entry.token_ids) == engine.config.block_size, f"I5: block {block.id} is not full"
-    contents = Counter((block.entry.parent, block.entry.token_ids) for block in holders if block.entry)
+    contents = Counter((e.parent, e.token_ids, e.group) for e in (b.entry for b in firsts) if e)
     assert all(num == 1 for num in contents.values()), f"I6: two blocks cache the same contents: {contents}"
     if isinstance(cache, HashChainCache):
-        _check_map(cache, blocks, len(holders))
+        _check_map(cache, blocks, len(firsts))
         return
     # I6: a tree has no branch without its stem.
     serials = {block.entry.serial for block in holders if block.entry}
     stems = {block.entry.parent for block in holders if block.entry and isinstance(block.entry.parent, int)}
     assert stems <= serials, f"I6: entries {stems - serials} were evicted before those that continue them"
+
+
+def _holder(engine: Engine, entry: CacheEntry) -> Block | None:
+    """The block that the cache finds for an entry: a companion stands beside an entry of the first group."""
+    if entry.group:
+        return engine.kv.companions.block_of.get((entry.serial, entry.group))
+    return engine.kv.cache.holder(entry.serial)
 
 
 def _check_map(cache: HashChainCache, blocks: list[Block], num_holders: int) -> None:
@@ -169,7 +178,7 @@ def _check_requests(engine: Engine) -> None:
     assert len(running) <= engine.config.max_num_seqs, f"I11: {len(running)} running"
     for request in waiting:
         assert request.status is Status.WAITING, f"I15: {request.id} waits while {request.status}"
-        assert not request.block_ids and not request.reserved_ids, f"I9: {request.id} waits and holds blocks"
+        assert not held_ids(request) and not request.reserved_ids, f"I9: {request.id} waits and holds blocks"
         assert bool(request.host_ids) == (request.num_computed > 0), f"I9: {request.id} waits, computed and lost"
         num_hit = engine.kv.match(request).num_tokens
         assert num_hit < request.num_tokens, f"I7: {request.id} would find all its {num_hit} tokens"
@@ -181,22 +190,26 @@ def _check_requests(engine: Engine) -> None:
         # I10: the table has exactly the blocks of what is computed; on the host, all that have not been dropped.
         needed = blocks_needed(request.num_computed, size)
         if request.host_ids:
-            assert len(request.host_ids) == needed - request.num_dropped, f"I10: {request.id} left blocks behind"
+            num_live = sum(needed - table.num_dropped for table in request.tables)
+            assert len(request.host_ids) == num_live, f"I10: {request.id} left blocks behind"
             continue
-        assert len(request.block_ids) == needed, f"I10: {request.id} has {len(request.block_ids)} blocks, not {needed}"
+        for table in request.tables:
+            assert len(table.block_ids) == needed, f"I10: {request.id} has {len(table.block_ids)} blocks, not {needed}"
     assert not scheduler.lingering or running, "I15: a batch is over and its blocks are still held"
     for request in running:
         assert request.status is Status.RUNNING, f"I15: {request.id} runs while {request.status}"
-        if engine.config.window is not None and engine.config.allocator == "paged":
-            num_unseen = max(0, request.num_computed - engine.config.window + 1) // size
-            assert request.num_dropped >= num_unseen, f"I10: {request.id} keeps blocks that no layer sees"
+        if engine.config.allocator == "paged":
+            for table, window in zip(request.tables, engine.config.group_windows, strict=True):
+                num_past = 0 if window is None else max(0, request.num_computed - window + 1) // size
+                assert table.num_dropped >= num_past, f"I10: {request.id} keeps blocks that its layers do not see"
 
 
 def _check_cached_contents(engine: Engine, runner: FakeRunner) -> None:
     """I5: contents never change under an entry; its hash follows from its tokens and its parents'."""
     size = engine.config.block_size
-    holders = [(block.entry.serial, block, block.entry) for block in engine.kv.pool.blocks if block.entry]
-    for serial, block, entry in sorted(holders, key=lambda holder: holder[0]):  # parents before children
+    cached = [(block, block.entry) for block in engine.kv.pool.blocks if block.entry]
+    for block, entry in sorted(cached, key=lambda holder: holder[1].serial):  # parents before children
+        serial = entry.serial, entry.group
         slots = range(block.id * size, (block.id + 1) * size)
         contents = [runner.contents[slot] for slot in slots if slot in runner.contents]
         assert len(contents) == size, f"I5: block {block.id} is cached with {len(contents)} tokens written"
@@ -207,8 +220,10 @@ def _check_cached_contents(engine: Engine, runner: FakeRunner) -> None:
         runner.entries[serial] = entry, contents
         depth, parent_hash = 0, root_hash(str(entry.parent))
         if isinstance(entry.parent, int):
-            assert entry.parent in runner.entries, f"I5: block {block.id} continues an unknown entry {entry.parent}"
-            parent, before = runner.entries[entry.parent]
+            assert (entry.parent, 0) in runner.entries, (
+                f"I5: block {block.id} continues an unknown entry {entry.parent}"
+            )
+            parent, before = runner.entries[entry.parent, 0]
             depth, parent_hash = before[-1].position + 1, parent.block_hash
         token_ids = entry.token_ids
         assert entry.block_hash == kv_manager.chain_hash(parent_hash, token_ids), f"I5: hash of {block.id}"
@@ -220,8 +235,8 @@ def _check_cached_contents(engine: Engine, runner: FakeRunner) -> None:
 
 def _check_salt(engine: Engine, runner: FakeRunner, request: Request) -> None:
     """I6: whatever a table shares stands under the request's own salt."""
-    for block_id in request.block_ids:
+    for block_id in held_ids(request):
         entry = engine.kv.pool.blocks[block_id].entry
         while entry is not None and isinstance(entry.parent, int):
-            entry, _ = runner.entries[entry.parent]
+            entry, _ = runner.entries[entry.parent, 0]
         assert entry is None or entry.parent == request.salt, f"I6: {request.id} crossed salts"

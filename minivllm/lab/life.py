@@ -27,7 +27,7 @@ class Life:
     """An engine with a fake runner, its witnesses, and what each request was born with and given since."""
 
     def __init__(self, config: EngineConfig, seen: Counter[str], is_patient: bool = False) -> None:
-        self.runner = FakeRunner(config.block_size, VOCAB_SIZE, config.window)
+        self.runner = FakeRunner(config.block_size, VOCAB_SIZE, config.group_windows)
         self.engine = Engine(config, self.runner)
         is_lru = config.eviction_policy == "lru" and config.prefix_cache == "hash"
         self.twin = FreeListTwin(config.num_blocks, is_lru)
@@ -80,7 +80,7 @@ class Life:
         child = self.engine.fork(parent_id, new_id, seed)
         self._register(child)
         self.seen["fork without a seat"] += has_table and not child.block_ids
-        self.seen["fork outside a window"] += child.num_dropped > 0
+        self.seen["fork outside a window"] += any(table.num_dropped for table in child.tables)
         self.check()
 
     def choose(self, request_id: str, token_id: int) -> None:
@@ -140,7 +140,7 @@ class Life:
 
     def reset_cache(self) -> None:
         holders = [*self.engine.requests.values(), *self.engine.scheduler.lingering]
-        is_held = any(request.block_ids[request.num_dropped :] for request in holders)
+        is_held = any(table.live_ids for request in holders for table in request.tables)
         is_idle = not is_held and not self.engine.pins.blocks_of
         self.twin.is_resetting = self.witness.is_resetting = True
         assert self.engine.kv.reset_cache() == is_idle, "I2: a reset of the cache misjudged who holds blocks"

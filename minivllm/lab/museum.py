@@ -166,7 +166,7 @@ _FAULTS = (
         "A block is dropped while one token in it is still inside the window.",
         "planted", "I16", 500,
         ((KVManager, "drop_outside_window", mutants.drop_one_token_early),),
-        {**PAGED, "enable_prefix_caching": False, "window": 3},
+        {**PAGED, "enable_prefix_caching": False, "group_windows": (3,)},
     ),
     Fault(
         "published before computed",

@@ -10,8 +10,9 @@ from minivllm.engine.prefix_cache import HashChainCache, Hit, chain_hash
 from minivllm.engine.radix_cache import RadixCache
 from minivllm.engine.scheduler import Scheduled, Scheduler
 from minivllm.engine.swap import SwapSpace
+from minivllm.engine.tables import held_ids, num_unseen
 from minivllm.events import BlocksDropped, BlocksReleased
-from minivllm.request import Request, Status
+from minivllm.request import BlockTable, Request, Status
 
 pool_release_, remove_ = BlockPool.release, Eviction.remove
 let_go_, release_, publish_ = KVManager.let_go, KVManager.release, KVManager.publish
@@ -88,11 +89,11 @@ def release_unguarded(pool: BlockPool, block: Block) -> None:
 
 def release_head_first(kv: KVManager, request: Request) -> None:
     """The start of a prefix is freed first, so it is evicted first and its end can no longer be found."""
-    head_first = request.block_ids[request.num_dropped :]
+    head_first = request.tables[0].live_ids
     kv.events.emit(BlocksReleased(kv.step, request.id, tuple(head_first)))
     for block_id in head_first:
         kv.let_go(kv.pool.blocks[block_id])
-    request.block_ids = []
+    request.tables = [BlockTable()]
     release_(kv, request)
 
 
@@ -108,20 +109,21 @@ def one_block_short(num_tokens: int, block_size: int) -> int:
     return num_tokens // block_size
 
 
-def never_shared(kv: KVManager, request: Request) -> bool:
+def never_shared(kv: KVManager, request: Request, group: int) -> bool:
     """Who writes does not look who else reads."""
     return False
 
 
 def drop_one_token_early(kv: KVManager, request: Request) -> None:
     """The window is taken to be one token shorter."""
-    if kv.config.window is None or kv.allocator.is_contiguous:
+    [window], [table] = kv.config.group_windows, request.tables
+    if window is None or kv.allocator.is_contiguous:
         return
-    num_unseen = min(max(0, request.num_computed - kv.config.window + 2) // kv.block_size, len(request.block_ids))
-    dropped = request.block_ids[request.num_dropped : num_unseen]
+    num_past = min(num_unseen(request.num_computed + 1, window, kv.block_size), len(table.block_ids))
+    dropped = table.block_ids[table.num_dropped : num_past]
     if dropped:
-        request.block_ids[request.num_dropped : num_unseen] = [NULL_BLOCK] * len(dropped)
-        request.num_dropped = num_unseen
+        table.block_ids[table.num_dropped : num_past] = [NULL_BLOCK] * len(dropped)
+        table.num_dropped = num_past
         kv.events.emit(BlocksDropped(kv.step, request.id, tuple(dropped)))
         for block_id in dropped:
             kv.let_go(kv.pool.blocks[block_id])
@@ -130,10 +132,10 @@ def drop_one_token_early(kv: KVManager, request: Request) -> None:
 def swap_in_to_a_taken_block(swap: SwapSpace, request: Request) -> None:
     """One of the blocks that the request comes back to belongs to somebody else by now."""
     swap_in_(swap, request)
-    own = request.block_ids[request.num_dropped :]
+    table, own = request.tables[0], held_ids(request)
     taken = [block.id for block in swap._kv.pool.blocks if block.ref_count and block.id not in own]
     if taken and len(own) > 1:
-        request.block_ids[request.num_dropped] = taken[0]
+        table.block_ids[table.num_dropped] = taken[0]
 
 
 def free_host_blocks_twice(swap: SwapSpace, request: Request) -> None:
@@ -155,13 +157,13 @@ def abort_without_release(
 ) -> None:
     """The table of an aborted request is dropped, and its blocks keep their count."""
     if reason == "abort":
-        request.block_ids, request.reserved_ids = [], []
+        request.tables, request.reserved_ids = [BlockTable()], []
     finish_(scheduler, request, reason, stop_reason)
 
 
 def finish_twice(scheduler: Scheduler, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
     """Whoever finds a stop string and the scheduler both give the last shared block back."""
-    blocks = [scheduler.kv.pool.blocks[block_id] for block_id in request.block_ids[request.num_dropped :]]
+    blocks = [scheduler.kv.pool.blocks[block_id] for block_id in held_ids(request)]
     shared = [block for block in blocks if block.ref_count == 2 and isinstance(stop_reason, str)]
     finish_(scheduler, request, reason, stop_reason)
     for block in shared[-1:]:

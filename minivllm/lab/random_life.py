@@ -4,7 +4,7 @@ from collections import Counter
 from random import Random
 from typing import Any
 
-from minivllm.engine_config import CHOICES, WHOLE_PROMPTS, EngineConfig
+from minivllm.engine_config import CHOICES, WHOLE_PROMPTS, EngineConfig, capacity_tokens
 from minivllm.lab.life import VOCAB_SIZE, Life
 from minivllm.request import Request, SamplingParams
 
@@ -54,10 +54,12 @@ def random_config(random: Random, **fixed: Any) -> EngineConfig:
         "enable_prefix_caching": random.random() < 0.9,
         "aging_steps": random.choice((None, 1, 4, 20)),
         "num_host_blocks": random.choice((1, 2, 4, num_blocks, 2 * num_blocks)),
-        "window": random.choice((None, None, 1, 2, 3, 5, 8, 13, 20)),
+        "group_windows": random_windows(random),
         "watermark": random.choice((0.0, 0.01, 0.1, 0.3)),
         "eos_token_ids": random.choice(((), (), (0,))),
     }
+    if options["group_windows"] != (None,) and random.random() < 0.7:  # the only cache that goes with windows
+        options |= {"prefix_cache": "hash", "eviction_policy": "lru"}
     return fitting(**(options | fixed))
 
 
@@ -67,12 +69,33 @@ def fitting(**options: Any) -> EngineConfig:
         options["enable_prefix_caching"] = False
     keeps_stems = (options["prefix_cache"], options["eviction_policy"]) != ("hash", "lru")
     if options["enable_prefix_caching"] and keeps_stems:
-        options["window"] = None
+        options["group_windows"] = (None,)
+    if options["allocator"] != "paged" or _room(options) < 2:
+        options["group_windows"] = options["group_windows"][:1]
+    options["max_model_len"] = min(options["max_model_len"], _room(options))
     if options["preemption_mode"] != "swap":
         options["num_host_blocks"] = 0
-    if options["batching"] in WHOLE_PROMPTS or not options.get("enable_chunked_prefill", True):
+    if _keeps_whole(options):
         options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], options["max_model_len"])
     return EngineConfig(**options)
+
+
+def random_windows(random: Random) -> tuple[int | None, ...]:
+    """One group that sees all or has a window; or one that sees all and others, most of them with a window."""
+    windows = [random.choice((1, 2, 3, 5, 8, 13, 20)) for _ in range(random.randint(1, 3))]
+    if random.random() < 0.4:
+        return (None,)
+    return (windows[0],) if random.random() < 0.5 else (None, *windows[1:], random.choice((None, *windows * 3)))
+
+
+def _room(options: dict[str, Any]) -> int:
+    """The longest request that the pool can hold."""
+    budget = options["max_model_len"] if _keeps_whole(options) else options["max_num_batched_tokens"]
+    return capacity_tokens(options["num_blocks"] - 1, options["block_size"], options["group_windows"], budget)
+
+
+def _keeps_whole(options: dict[str, Any]) -> bool:
+    return options["batching"] in WHOLE_PROMPTS or not options.get("enable_chunked_prefill", True)
 
 
 def act_at_random(life: Life, random: Random) -> None:

@@ -6,6 +6,8 @@ from minivllm.engine.block_pool import NULL_BLOCK, Block, CacheEntry
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import Move, StepPlan, Transfer
 from minivllm.engine.policies import order_of
+from minivllm.engine.tables import held_ids
+from minivllm.engine_config import EngineConfig
 from minivllm.events import (
     Admitted,
     BlockCached,
@@ -42,7 +44,7 @@ class Witness:
         self._moves: list[Transfer] = []  # that the next plan must order
         self._lost: list[CacheEntry] = []  # evicted for whoever takes blocks next,
         self._lost_to: dict[str, list[CacheEntry]] = {}  # and by whom they were taken in this step
-        self._copied: set[tuple[str, int]] = set()  # request, index in its table: private since then
+        self._copied: set[tuple[str, int, int]] = set()  # request, group, index in its table: private since then
         self._num_cached: dict[str, int] = {}  # prompt tokens found at the first admission
         self._swapped: Event | None = None  # the last swap, told just before the preemption or admission it belongs to
 
@@ -128,13 +130,16 @@ class Witness:
         entries = [*self._entries.values(), *self._lost_to.get(request.id, [])]  # as they were when it was admitted
         parent: int | str | None = request.salt
         num_whole = num_part = 0
+        chain: list[int] = []  # serials of the first group's entries
         while parent is not None:
             wanted = tuple(request.token_ids[num_whole : min(num_whole + size, most)])
-            following = [entry for entry in entries if entry.parent == parent]
+            following = [entry for entry in entries if entry.parent == parent and entry.group == 0]
             num_part = max((_num_equal(entry.token_ids, wanted) for entry in following), default=0)
             parent = next((e.serial for e in following if len(wanted) == size and e.token_ids == wanted), None)
-            num_whole += size if parent is not None else 0
-        expected = [num_whole]
+            if isinstance(parent, int):
+                chain.append(parent)
+                num_whole += size
+        expected = [size * _num_reached(chain, entries, self.engine.config)]
         if self.engine.config.prefix_cache == "radix" and num_part < size:
             expected.append(num_whole + num_part)  # or without the part, where its block and the copy do not both fit
         if request.params.prompt_logprobs is not None:
@@ -152,7 +157,7 @@ class Witness:
         is_swapped = isinstance(self._swapped, SwappedOut) and self._swapped.request_id == victim.id
         assert (event.how == "swap") == is_swapped, f"I15: {victim.id} was preempted by {event.how}"
         if engine.config.preemption_mode == "swap" and not is_swapped:
-            num_live = len(victim.block_ids[victim.num_dropped :])
+            num_live = len(held_ids(victim))
             is_full = num_live > engine.scheduler.swap.num_free
             assert is_full or num_live == 0, f"I15: {victim.id} had room on the host"
             self.seen["host full"] += is_full
@@ -189,24 +194,28 @@ class Witness:
         engine, request = self.engine, self.engine.requests[event.request_id]
         source, size = engine.kv.pool.blocks[event.source_id], engine.config.block_size
         index = request.num_computed // size
+        [group] = [g for g, table in enumerate(request.tables) if table.block_ids[index:] == [event.block_id]]
         assert engine.config.allocator == "paged", f"I12: {request.id} shares a contiguous block"
         assert source.ref_count > 1 or source.entry, f"I12: block {source.id} was copied for nothing"
         assert request.num_computed % size, f"I12: block {source.id} is full for {request.id} and was copied"
-        assert request.block_ids[index] == event.block_id, f"I12: {request.id} does not write to its copy"
-        assert (request.id, index) not in self._copied, f"I12: {request.id} copied index {index} of its table twice"
-        self._copied.add((request.id, index))
+        assert (request.id, group, index) not in self._copied, (
+            f"I12: {request.id} copied index {index} of a table twice"
+        )
+        self._copied.add((request.id, group, index))
         self._book_lost(request.id)
         self.seen["copy of a part" if source.entry else "copy of a tail"] += 1
 
     def _forget_copies(self, *request_ids: str) -> None:
-        self._copied = {(id_, index) for id_, index in self._copied if id_ not in request_ids}
+        self._copied = {copy for copy in self._copied if copy[0] not in request_ids}
 
     def _remember(self, event: BlockCached) -> None:
         block, request = self.engine.kv.pool.blocks[event.block_id], self.engine.requests[event.request_id]
         assert block.entry, f"I6: block {block.id} is said to be cached"
         self._entries[block.id] = block.entry
         self._num_hits[block.id], self._priorities[block.id] = 0, request.priority
-        before = request.block_ids[: request.block_ids.index(block.id)]
+        table = request.tables[event.group]
+        before = table.block_ids[table.num_dropped : table.block_ids.index(block.id)]
+        self.seen["companion"] += event.group > 0
         self.seen["duplicate block"] += any(self.engine.kv.pool.blocks[id_].entry is None for id_ in before)
 
     def _judge_eviction(self, block: Block) -> None:
@@ -241,9 +250,11 @@ class Witness:
     def _book_hit(self, event: PrefixHit) -> None:
         request = self.engine.requests[event.request_id]
         self._forget_copies(request.id)
-        self._num_hits.update(event.block_ids)
-        for block_id in event.block_ids:
+        found = [block_id for block_id in event.block_ids if block_id != NULL_BLOCK]
+        self._num_hits.update(found)
+        for block_id in found:
             self._book_user(request.id, block_id)
+        self.seen["hit beside a window"] += event.group > 0 and len(found) < len(event.block_ids)
         self.seen["hit after preemption"] += request.num_preemptions > 0
         self.seen["salted hit"] += request.salt != ""
         self.seen["partial hit"] += event.num_tokens % self.engine.config.block_size > 0
@@ -254,6 +265,21 @@ class Witness:
     def _book_lost(self, request_id: str) -> None:
         self._lost_to.setdefault(request_id, []).extend(self._lost)
         self._lost = []
+
+
+def _num_reached(chain: list[int], entries: list[CacheEntry], config: EngineConfig) -> int:
+    """The longest start of a chain after which every group finds all that its window reaches back to."""
+    cached = {(entry.serial, entry.group) for entry in entries}
+    for num_blocks in range(len(chain), 0, -1):
+        seen = [
+            (chain[position // config.block_size], group)
+            for group, window in enumerate(config.group_windows[1:], start=1)
+            for position in range(num_blocks * config.block_size)
+            if window is None or position > num_blocks * config.block_size - window
+        ]
+        if cached.issuperset(seen):
+            return num_blocks
+    return 0
 
 
 def _num_equal(a: tuple[int, ...], b: tuple[int, ...]) -> int:

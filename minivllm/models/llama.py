@@ -8,7 +8,8 @@ from torch import nn
 
 from minivllm.attention import Attention
 from minivllm.config import ModelConfig
-from minivllm.models.layers import GatedMLP, RMSNorm, RotaryEmbedding, rotate
+from minivllm.models.decoder import Decoder
+from minivllm.models.layers import GatedMLP, RMSNorm, rotate
 
 
 class SelfAttention(nn.Module):
@@ -33,38 +34,15 @@ class SelfAttention(nn.Module):
         return self.o_proj(attention.attend(self.layer, q, k, v).flatten(1))
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = SelfAttention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
-        x = x + self.attention(self.input_norm(x), cos, sin, attention)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class LlamaModel(nn.Module):
-    """Token ids in, logits out; where K and V live is the attention's affair."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.rope = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed.weight
-
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor, attention: Attention
-    ) -> torch.Tensor:
-        """Logits [R, vocab] of the tokens that `logit_rows` names among the T new ones."""
-        x = self.embed(token_ids)  # [T, hidden]
-        cos, sin = self.rope.angles(positions, x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, attention)
-        return self.lm_head(self.norm(x[logit_rows]))
+def llama(config: ModelConfig) -> Decoder:
+    """Build the decoder, its weights not set."""
+    return Decoder(
+        config,
+        [
+            (
+                SelfAttention(config, layer),
+                GatedMLP(config.hidden_size, config.intermediate_size, has_bias=config.mlp_bias),
+            )
+            for layer in range(config.num_layers)
+        ],
+    )

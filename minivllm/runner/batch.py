@@ -1,18 +1,26 @@
 """From a plan of requests to flat tensors: which tokens, at which positions, into which slots."""
 
+from dataclasses import replace
+
 import torch
 
 from minivllm.attention import ForwardBatch
-from minivllm.engine.kv_manager import slot_of
+from minivllm.engine.block_pool import NULL_BLOCK
 from minivllm.engine.plan import StepPlan, needs_token
+from minivllm.engine.tables import slot_of
 from minivllm.request import Request
 
 
-def build_batch(plan: StepPlan, block_size: int, device: str) -> ForwardBatch:
-    """Flatten the scheduled requests, in the plan's order."""
+def build_batches(plan: StepPlan, block_size: int, device: str) -> list[ForwardBatch]:
+    """Flatten the scheduled requests, in the plan's order, for each group of layers: only the tables differ."""
+    first = _first_batch(plan, block_size, device)
+    others = range(1, len(plan.scheduled[0][0].tables))
+    return [first, *(replace(first, **_tables(plan, group, block_size, device)) for group in others)]
+
+
+def _first_batch(plan: StepPlan, block_size: int, device: str) -> ForwardBatch:
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
     logit_rows: list[int] = []
     query_starts, num_tokens = [0], []
     for request, num_new in plan.scheduled:
@@ -21,13 +29,30 @@ def build_batch(plan: StepPlan, block_size: int, device: str) -> ForwardBatch:
         logit_rows.extend(len(positions) + position - first for position in wanted)
         token_ids.extend(request.token_ids[first:end])
         positions.extend(range(first, end))
-        slots.extend(slot_of(position, request.block_ids, block_size) for position in range(first, end))
         query_starts.append(len(positions))
         num_tokens.append(end)
+    columns = {
+        "token_ids": token_ids,
+        "positions": positions,
+        "query_starts": query_starts,
+        "num_tokens": num_tokens,
+        "logit_rows": logit_rows,
+    }
+    tensors = {name: torch.tensor(values, dtype=torch.int64, device=device) for name, values in columns.items()}
+    return ForwardBatch(**tensors, **_tables(plan, 0, block_size, device))
+
+
+def _tables(plan: StepPlan, group: int, block_size: int, device: str) -> dict[str, torch.Tensor]:
+    """A group's block table, and the slots of the new tokens in it."""
+    slots: list[int] = []
     width = max(len(request.block_ids) for request, _ in plan.scheduled)
-    table = [request.block_ids + [0] * (width - len(request.block_ids)) for request, _ in plan.scheduled]
-    tensors = (token_ids, positions, slots, table, query_starts, num_tokens, logit_rows)
-    return ForwardBatch(*(torch.tensor(values, dtype=torch.int64, device=device) for values in tensors))
+    rows = []
+    for request, num_new in plan.scheduled:
+        block_ids, first = request.tables[group].block_ids, request.num_computed
+        slots.extend(slot_of(position, block_ids, block_size) for position in range(first, first + num_new))
+        rows.append(block_ids + [NULL_BLOCK] * (width - len(block_ids)))
+    columns = {"slots": slots, "block_table": rows}
+    return {name: torch.tensor(values, dtype=torch.int64, device=device) for name, values in columns.items()}
 
 
 def logit_range(request: Request, num_new: int) -> tuple[int, int]:

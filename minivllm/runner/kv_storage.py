@@ -1,4 +1,10 @@
-"""The bytes of the KV cache: one tensor, [layers, 2, num_blocks, block_size, num_kv_heads, head_size]."""
+"""The bytes of the KV cache: one tensor, [rows, planes, num_blocks, block_size, heads, size].
+
+A row is a layer, or where layers form groups (layer_groups.py) one layer of each group: their blocks differ.
+
+K and V are two planes of all KV heads. Latent attention (DeepSeek) has one plane with one row per token, which is the
+key; its first kv_lora_rank numbers are the value too.
+"""
 
 from dataclasses import dataclass
 
@@ -8,11 +14,12 @@ import torch
 from minivllm.config import ModelConfig
 from minivllm.engine.plan import Move, Transfer
 from minivllm.errors import ConfigError
+from minivllm.layer_groups import LayerGroups, one_group
 
 
 @dataclass(frozen=True)
 class LayerStorage:
-    """K and V of one layer, each [num_blocks, block_size, num_kv_heads, head_size]."""
+    """K and V of one layer, each [num_blocks, block_size, heads, size]; a latent's v is a view of its k."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -22,17 +29,27 @@ class KVStorage:
     """Allocated once; slot = block_id * block_size + offset."""
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, device: str, num_host_blocks: int = 0
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        device: str,
+        num_host_blocks: int = 0,
+        groups: LayerGroups | None = None,
     ) -> None:
         dtype = getattr(torch, config.dtype)
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_size)
-        host_shape = (config.num_layers, 2, num_host_blocks + 1, *shape[3:])  # its ids count from 1, too
+        planes, heads, size = config.cache_entry
+        self.groups = groups or one_group(config.num_layers, config.windows)
+        shape = (self.groups.num_rows, planes, num_blocks, block_size, heads, size)
+        host_shape = (*shape[:2], num_host_blocks + 1, *shape[3:])  # its ids count from 1, too
         self.block_size = block_size
         self.data = _zeros(shape, dtype, device)
         self.host = _zeros(host_shape, dtype, "cpu") if num_host_blocks else self.data[:, :, :0]
         if num_host_blocks and device == "cuda":
             self.host = self.host.pin_memory()  # the device copies from and to it without a detour
-        self.layers = [LayerStorage(k=layer[0], v=layer[1]) for layer in self.data]
+        value_size = config.mla.kv_lora_rank if config.mla else size
+        rows = [LayerStorage(k=row[0], v=row[-1, ..., :value_size]) for row in self.data]
+        self.layers = [rows[row] for _, row in self.groups.places]
 
     @property
     def num_bytes(self) -> int:
@@ -55,10 +72,8 @@ class KVStorage:
             target[:, :, transfer.target_id].copy_(source[:, :, transfer.source_id])
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
-        """A block's contents over all layers, bit by bit."""
-        block = (self.host if on_host else self.data)[
-            :, :, block_id
-        ]  # [layers, 2, block_size, num_kv_heads, head_size]
+        """A block's contents over all its layers, bit by bit."""
+        block = (self.host if on_host else self.data)[:, :, block_id]  # [rows, planes, block_size, heads, size]
         return block.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
     def load_block(self, block_id: int, contents: bytes, *, on_host: bool = False) -> None:
@@ -67,21 +82,21 @@ class KVStorage:
         block.copy_(torch.frombuffer(bytearray(contents), dtype=block.dtype).view(block.shape))
 
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V stored at a slot, [num_kv_heads, head_size] each: views of the cache itself."""
+        """K and V stored at a slot, [heads, size] each: views of the cache itself."""
         block, offset = divmod(slot, self.block_size)
         return self.layers[layer].k[block, offset], self.layers[layer].v[block, offset]
 
 
-def block_bytes(config: ModelConfig, block_size: int) -> int:
-    """Bytes of one block over all layers: 16 tokens of SmolLM2 in bf16 -> 368,640."""
-    return config.kv_bytes_per_token * block_size
+def block_bytes(config: ModelConfig, block_size: int, groups: LayerGroups) -> int:
+    """Bytes of one block over the layers it serves: 16 tokens of SmolLM2 in bf16, all 30 layers -> 368,640."""
+    return config.kv_bytes_per_token // config.num_layers * groups.num_rows * block_size
 
 
-def blocks_in(memory_bytes: int, config: ModelConfig, block_size: int) -> int:
+def blocks_in(memory_bytes: int, config: ModelConfig, block_size: int, groups: LayerGroups) -> int:
     """Blocks that a byte budget buys, the null block included. Raises ConfigError when that is not even one token."""
-    num_blocks = memory_bytes // block_bytes(config, block_size)
+    num_blocks = memory_bytes // block_bytes(config, block_size, groups)
     if num_blocks < 2:
-        needed = 2 * block_bytes(config, block_size)
+        needed = 2 * block_bytes(config, block_size, groups)
         raise ConfigError(
             f"kv_cache_memory of {memory_bytes:,} bytes is less than two blocks of {block_size} tokens "
             f"({needed:,} bytes): raise kv_cache_memory or lower block_size"

@@ -9,7 +9,9 @@ from torch import nn
 
 from minivllm.config import ModelConfig
 from minivllm.errors import ModelError
-from minivllm.models.llama import LlamaModel
+from minivllm.models.decoder import Decoder
+from minivllm.models.deepseek import deepseek
+from minivllm.models.llama import llama
 from minivllm.transforms.batch_invariant import make_batch_invariant
 from minivllm.transforms.prepack import can_prepack, prepack_linears
 
@@ -19,21 +21,24 @@ RENAMED = {
     "input_layernorm": "input_norm",
     "post_attention_layernorm": "mlp_norm",
     "self_attn": "attention",
-}
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
+    "q_a_layernorm": "q_a_norm",
+    "kv_a_layernorm": "kv_a_norm",
+    "kv_a_proj_with_mqa": "kv_a_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+RENAMED_QKV = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}  # not where K and V are latent
+KEPT_IN_FP32 = "e_score_correction_bias"  # a router's, where steps of bf16 would be as large as gaps between experts
 
 
-def build_model(config: ModelConfig, weight_files: list[Path], seed: int, device: str) -> LlamaModel:
+def build_model(config: ModelConfig, weight_files: list[Path], seed: int, device: str) -> Decoder:
     """A model on a device with weights from files, or with seeded random ones when there are none."""
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
-        model = LlamaModel(config).to(dtype).eval().requires_grad_(False)
+        model = (deepseek if config.mla else llama)(config).to(dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(KEPT_IN_FP32):
+            parameter.data = parameter.data.float()
     model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed.weight  # to_empty gives each its own
@@ -57,14 +62,16 @@ def _load_files(model: nn.Module, config: ModelConfig, weight_files: list[Path])
         if name in seen:
             raise ModelError(f"the checkpoint has '{name}' in two files; remove the one that does not belong")
         seen.add(name)
-        target = _our_name(name)
+        target = _our_name(name, config)
         if target not in parameters:
+            if _is_of_mtp_layer(name, config) or tensor.numel() == 0:
+                continue  # layers that draft tokens, and what transformers writes for no shared experts
             if target == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # some tied checkpoints store the matrix twice
             if target.endswith("rotary_emb.inv_freq"):
                 continue  # old checkpoints carry what follows from the config
             raise ModelError(f"the checkpoint has a tensor '{name}' that {config.family} has no place for")
-        rows = _rows(name, config)
+        rows = _rows(name, len(parameters[target]), config)
         part = parameters[target][rows]
         if part.shape != tensor.shape:
             raise ModelError(
@@ -87,16 +94,23 @@ def _tensors(weight_files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
             raise ModelError(f"{path}: cannot be read as safetensors ({error}); fetch the file again") from error
 
 
-def _our_name(name: str) -> str:
-    parts = name.removeprefix("model.").split(".")
-    return ".".join(FUSED.get(part, RENAMED.get(part, part)) for part in parts)
+def _our_name(name: str, config: ModelConfig) -> str:
+    renamed = RENAMED if config.mla else RENAMED | RENAMED_QKV
+    return ".".join(renamed.get(part, part) for part in name.removeprefix("model.").split("."))
 
 
-def _rows(name: str, config: ModelConfig) -> slice:
-    """Rows of the fused matrix that a checkpoint tensor fills; all rows where nothing is fused."""
-    q, kv, mlp = config.num_heads * config.head_size, config.num_kv_heads * config.head_size, config.intermediate_size
-    places = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-    places |= {"gate_proj": (0, mlp), "up_proj": (mlp, 2 * mlp)}
+def _is_of_mtp_layer(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is of a layer after the last: DeepSeek-V3's have the numbers 0 to 60, and 61 drafts."""
+    first = config.num_layers
+    return any(name.startswith(f"model.layers.{layer}.") for layer in range(first, first + config.num_mtp_layers))
+
+
+def _rows(name: str, num_rows: int, config: ModelConfig) -> slice:
+    """Rows of our matrix of `num_rows` that a checkpoint tensor fills; all rows where nothing is fused."""
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    places = {"gate_proj": (0, num_rows // 2), "up_proj": (num_rows // 2, num_rows)}
+    if not config.mla:
+        places |= {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
     part = name.rsplit(".", 2)[-2]
     return slice(*places[part]) if part in places else slice(None)
 

@@ -3,11 +3,12 @@
 import torch
 
 from minivllm.attention import LayerKV, choose_backend
+from minivllm.attention.grouped import GroupedAttention, group_configs
 from minivllm.config import ModelConfig
 from minivllm.engine.plan import StepPlan, StepResult, TokenLogprobs, needs_token
-from minivllm.models.llama import LlamaModel
+from minivllm.models.decoder import Decoder
 from minivllm.request import Request
-from minivllm.runner.batch import build_batch, logit_range
+from minivllm.runner.batch import build_batches, logit_range
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.sampler import sample, token_logprobs
 
@@ -15,12 +16,13 @@ from minivllm.runner.sampler import sample, token_logprobs
 class ModelRunner:
     """The model, the bytes of its KV cache, and the way from a plan to new tokens."""
 
-    def __init__(self, model: LlamaModel, config: ModelConfig, storage: KVStorage, device: str) -> None:
+    def __init__(self, model: Decoder, config: ModelConfig, storage: KVStorage, device: str) -> None:
         self.model = model
         self.config = config
         self.storage = storage
         self.device = device
         self._backend = choose_backend(device, config)
+        self._configs = group_configs(config, storage.groups)
         self._layers: list[LayerKV] = list(storage.layers)
 
     @torch.inference_mode()
@@ -30,15 +32,21 @@ class ModelRunner:
         self.storage.clear(plan.fresh_block_ids)
         if not plan.scheduled:
             return StepResult({})
-        batch = build_batch(plan, self.storage.block_size, self.device)
-        attention = self._backend(self.config, batch, self._layers)
-        logits = self.model(batch.token_ids, batch.positions, batch.logit_rows, attention)  # [R, vocab]
-        return self._choose_tokens(plan, logits)
+        return self._choose_tokens(plan, self.logits(plan))
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Compute every scheduled token and store its K and V; the logits that are wanted, [R, vocab]."""
+        batches = build_batches(plan, self.storage.block_size, self.device)
+        parts = zip(self._configs, batches, strict=True)
+        attentions = [self._backend(config, batch, self._layers) for config, batch in parts]
+        attention = attentions[0] if len(attentions) == 1 else GroupedAttention(attentions, self.storage.groups)
+        return self.model(batches[0].token_ids, batches[0].positions, batches[0].logit_rows, attention)
 
     def twin(self, num_host_blocks: int) -> "ModelRunner":
         """The same model, not a copy of it, on storage of its own that holds zeros."""
         num_blocks, block_size = self.storage.data.shape[2:4]
-        storage = KVStorage(self.config, num_blocks, block_size, self.device, num_host_blocks)
+        storage = KVStorage(self.config, num_blocks, block_size, self.device, num_host_blocks, self.storage.groups)
         return ModelRunner(self.model, self.config, storage, self.device)
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:

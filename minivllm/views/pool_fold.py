@@ -51,18 +51,24 @@ class _Request:
     status: str = "waiting"
     num_prompt: int = 0
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)  # null blocks where the window has passed
+    tables: list[list[int]] = field(default_factory=lambda: [[]])  # by group; null blocks where a window has passed
     reserved_ids: list[int] = field(default_factory=list)  # held, and not in the table yet
     num_preemptions: int = 0
 
     @property
     def held_ids(self) -> list[int]:
-        return [block_id for block_id in self.block_ids if block_id != NULL_BLOCK] + self.reserved_ids
+        """By position in the tables, which are equally long."""
+        by_position = (block_id for entries in zip(*self.tables, strict=True) for block_id in entries)
+        return [block_id for block_id in by_position if block_id != NULL_BLOCK] + self.reserved_ids
+
+    def table(self, group: int) -> list[int]:
+        self.tables.extend([] for _ in range(len(self.tables), group + 1))
+        return self.tables[group]
 
     def frozen(self) -> RequestState:
         return RequestState(
             self.request_id, self.ordinal, self.status, self.num_prompt, self.num_computed,
-            tuple(self.block_ids), self.num_preemptions,
+            tuple(self.tables[0]), self.num_preemptions, tuple(map(tuple, self.tables[1:])),
         )  # fmt: skip
 
 
@@ -93,13 +99,13 @@ class PoolFold:
 
     def _apply_to_blocks(self, event: Event) -> None:
         match event:
-            case PrefixHit(request_id=request_id, block_ids=block_ids):
-                self._join(event, request_id, block_ids)
-            case (
-                BlocksTaken(request_id=request_id, block_ids=block_ids)
-                | SwappedIn(request_id=request_id, block_ids=block_ids)
-            ):
-                self._take(event, request_id, block_ids)
+            case PrefixHit(request_id=request_id, block_ids=block_ids, group=group):
+                self._join(event, request_id, block_ids, group)
+            case BlocksTaken(request_id=request_id, block_ids=block_ids, group=group):
+                self._take(event, request_id, tuple(self._known(event, block_id) for block_id in block_ids), group)
+            case SwappedIn(request_id=request_id):
+                for group, table in enumerate(event.tables):
+                    self._take(event, request_id, tuple(table), group)
             case BlocksReserved(request_id=request_id, block_ids=block_ids):
                 self._reserve(event, request_id, block_ids)
             case BlocksDropped(request_id=request_id, block_ids=block_ids):
@@ -184,20 +190,20 @@ class PoolFold:
             if not owners:
                 del self._owners[block_id]
 
-    def _join(self, event: Event, request_id: str, block_ids: tuple[int, ...]) -> None:
-        self._own(event, request_id, block_ids)
-        self._request(request_id).block_ids.extend(block_ids)
+    def _join(self, event: Event, request_id: str, block_ids: tuple[int, ...], group: int = 0) -> None:
+        self._own(event, request_id, (block_id for block_id in block_ids if block_id != NULL_BLOCK))
+        self._request(request_id).table(group).extend(block_ids)
 
-    def _take(self, event: Event, request_id: str, block_ids: tuple[int, ...]) -> None:
+    def _take(self, event: Event, request_id: str, block_ids: tuple[int, ...], group: int = 0) -> None:
         request = self._request(request_id)
         if request.reserved_ids:
             if tuple(request.reserved_ids[: len(block_ids)]) != block_ids:
                 raise _impossible(event, f"request {request_id} reserved {request.reserved_ids}, not {list(block_ids)}")
             del request.reserved_ids[: len(block_ids)]
-            request.block_ids.extend(block_ids)
+            request.tables[0].extend(block_ids)
             return
         self._require_free(event, block_ids)
-        self._join(event, request_id, block_ids)
+        self._join(event, request_id, block_ids, group)
         self._cached.difference_update(block_ids)  # what they held will be written over
 
     def _reserve(self, event: Event, request_id: str, block_ids: tuple[int, ...]) -> None:
@@ -212,13 +218,13 @@ class PoolFold:
 
     def _drop(self, event: Event, request_id: str, block_ids: tuple[int, ...]) -> None:
         self._disown(event, request_id, block_ids)
-        table = self._request(request_id).block_ids
-        table[:] = [NULL_BLOCK if block_id in block_ids else block_id for block_id in table]
+        for table in self._request(request_id).tables:
+            table[:] = [NULL_BLOCK if block_id in block_ids else block_id for block_id in table]
 
     def _exchange(self, event: Event, request_id: str, old: int, new: int) -> None:
         self._own(event, request_id, [new])
         self._disown(event, request_id, [old])
-        table = self._request(request_id).block_ids
+        [table] = [table for table in self._request(request_id).tables if old in table]
         table[table.index(old)] = new
 
     def _fork(self, event: Forked) -> None:
@@ -228,8 +234,8 @@ class PoolFold:
         if child.reserved_ids:
             self._take(event, event.request_id, event.block_ids)
             return
-        self._own(event, event.request_id, (block_id for block_id in event.block_ids if block_id != NULL_BLOCK))
-        child.block_ids = list(event.block_ids)
+        for group, table in enumerate((event.block_ids, *event.other_tables)):
+            self._join(event, event.request_id, table, group)
 
     def _publish(self, event: BlockCached) -> None:
         self._cached.add(self._known(event, event.block_id))
@@ -246,7 +252,7 @@ class PoolFold:
         if list(block_ids) != request.held_ids:
             raise _impossible(event, f"request {request_id} holds {request.held_ids}, not {list(block_ids)}")
         self._disown(event, request_id, block_ids)
-        request.block_ids, request.reserved_ids, request.num_computed = [], [], 0
+        request.tables, request.reserved_ids, request.num_computed = [[]], [], 0
 
     def _leave(self, request_id: str, status: str) -> None:
         self._request(request_id).status = status
@@ -257,14 +263,14 @@ class PoolFold:
     def _store(self, scheduled: tuple[tuple[str, int, int], ...]) -> None:
         for request_id, _, num_stored in scheduled:
             request = self._requests.get(request_id)
-            if request is not None and request.block_ids:  # else it finished in this step and let go
+            if request is not None and request.tables[0]:  # else it finished in this step and let go
                 request.num_computed = num_stored
 
     def _filled(self) -> dict[int, int]:
         """Slots that hold K and V, for each live block; owners of a shared block agree or the furthest counts."""
         filled: dict[int, int] = {}
         for request in self._requests.values():
-            for index, block_id in enumerate(request.block_ids):
+            for index, block_id in (entry for table in request.tables for entry in enumerate(table)):
                 if block_id == NULL_BLOCK:
                     continue
                 num_here = min(max(request.num_computed - index * self.block_size, 0), self.block_size)

@@ -19,6 +19,7 @@ class RequestState:
     num_computed: int = 0
     block_ids: tuple[int, ...] = ()
     num_preemptions: int = 0
+    other_tables: tuple[tuple[int, ...], ...] = ()  # of the groups of layers beyond the first
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,15 +64,16 @@ def _words(event: Event) -> str:
             return f"{_name(request_id)} arrived with {counted(num_prompt, 'prompt token')}"
         case Waited(request_id=request_id, reason=reason):
             return f"{_name(request_id)} waits because {WAIT_REASONS.get(reason, reason)}"
-        case PrefixHit(request_id=request_id, block_ids=ids, num_tokens=num_tokens):
-            return f"{_name(request_id)} found {counted(num_tokens, 'token')} already computed in {blocks(ids)}"
+        case PrefixHit(request_id=request_id, block_ids=ids, num_tokens=num_tokens, group=group):
+            held = f"{blocks(tuple(filter(None, ids)))}{_layers(group)}"
+            return f"{_name(request_id)} found {counted(num_tokens, 'token')} already computed in {held}"
         case Admitted(request_id=request_id, num_preemptions=num_preemptions, reason=reason):
             how = " from the host's memory" if reason == "swapped_in" else " again" if num_preemptions else ""
             return f"{_name(request_id)} began{how}{' with a new batch' if reason == 'new_batch' else ''}"
         case Evicted(block_id=block_id):
             return f"block {block_id} lost its cached contents"
-        case BlocksTaken(request_id=request_id, block_ids=ids):
-            return f"{_name(request_id)} took {blocks(ids)}"
+        case BlocksTaken(request_id=request_id, block_ids=ids, group=group):
+            return f"{_name(request_id)} took {blocks(ids)}{_layers(group)}"
         case BlocksReleased(request_id=request_id, block_ids=ids):
             return f"{_name(request_id)} let go of {blocks(ids)}"
         case Preempted(request_id=request_id, num_computed=num_computed, reason=reason, how=how):
@@ -89,8 +90,8 @@ def _words(event: Event) -> str:
             return f"{_name(request_id)} gave up block {block_id} for its cached twin, block {cached_id}"
         case BlocksReserved(request_id=request_id, block_ids=ids):
             return f"{_name(request_id)} reserved {counted(len(ids), 'block')} in a row"
-        case BlocksDropped(request_id=request_id, block_ids=ids):
-            return f"{_name(request_id)} dropped {blocks(ids)}, which no window reaches any more"
+        case BlocksDropped(request_id=request_id, block_ids=ids, group=group):
+            return f"{_name(request_id)} dropped {blocks(ids)}{_layers(group)}, which no window reaches any more"
         case SwappedOut(request_id=request_id, block_ids=ids):
             return f"{_name(request_id)} went to the host with {counted(len(ids), 'block')}"
         case SwappedIn(request_id=request_id, block_ids=ids):
@@ -107,6 +108,11 @@ def _words(event: Event) -> str:
             num_new = sum(new for _, new, _ in scheduled)
             return f"ran {counted(num_new, 'token')} of {counted(len(scheduled), 'request')}"
     return ""
+
+
+def _layers(group: int) -> str:
+    """Which layers' blocks are meant, where there is more than one group of them."""
+    return f" for layer group {group}" if group else ""
 
 
 def _name(request_id: str) -> str:
