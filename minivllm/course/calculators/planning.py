@@ -1,0 +1,61 @@
+"""Whole answers from a model and a chip: how many sequences fit, and how long their step takes at least."""
+
+from minivllm.course.calculators.accelerators import accelerator
+from minivllm.course.calculators.capacity import pool_bytes
+from minivllm.course.calculators.checks import whole
+from minivllm.course.calculators.kv_bytes import (
+    Dtype,
+    kv_bytes_of_sequence,
+    kv_bytes_per_token,
+    kv_bytes_per_token_per_gpu,
+)
+from minivllm.course.calculators.model_fields import Config
+from minivllm.course.calculators.parameters import num_active_parameters, num_parameters, weight_bytes
+from minivllm.course.calculators.roofline import Chip
+from minivllm.course.calculators.step_time import decode_step_ms
+from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
+
+
+def capacity(
+    config: Config, chip: Chip, sequence_length: Amounts, *, tensor_parallel: Amount = 1, utilisation: Amount = 0.9,
+    workspace_bytes: Amount = 0, weight_dtype: Dtype = "bf16", kv_dtype: Dtype = "bf16",
+    parameters: Amount | None = None,
+) -> Worked:  # fmt: skip
+    """Sequences of a length that one server holds, windows respected; parts: `weights`, `pool`, `tokens` of one GPU.
+
+    `parameters` overrides what the config says, for exercises that round: capacity("llama-3-8b", "h100", 4096) == 104.
+    """
+    weights = weight_bytes(config if parameters is None else parameters, weight_dtype, tensor_parallel)
+    pool = pool_bytes(accelerator(chip).memory_bytes, weights, utilisation, workspace_bytes)
+    per_token = kv_bytes_per_token_per_gpu(config, tensor_parallel, kv_dtype)
+    ways = int(kv_bytes_per_token(config, kv_dtype)) // int(per_token)
+    tokens = work("tokens", f"⌊{int(pool):,} / {int(per_token):,}⌋", int(pool) // int(per_token), "tokens", per_token)
+
+    def of_length(length: Amount) -> Worked:
+        size = whole("sequence_length", length)
+        held = kv_bytes_of_sequence(config, size, kv_dtype)
+        share = f"({int(held):,} / {ways})" if ways > 1 else f"{int(held):,}"
+        fit = int(pool) // (int(held) // ways)
+        return work(f"sequences of {size:,}", f"⌊{int(pool):,} / {share}⌋", fit, "sequences", pool, held,
+                    weights=weights, pool=pool, tokens=tokens)  # fmt: skip
+
+    return for_each(sequence_length, of_length)
+
+
+def decode_floor_ms(
+    config: Config, chip: Chip, context: Amounts, *, batch_size: Amount = 1, num_chips: Amount = 1,
+    weight_dtype: Dtype = "bf16", kv_dtype: Dtype = "bf16", compute_dtype: str = "bf16",
+) -> Worked:  # fmt: skip
+    """Floor of a decode step of a model at a context; weights and KV are spread over the chips without copies.
+
+    A sparse model reads all its weights, as it does from a moderate batch on (expected_experts says from where).
+    """
+    batch = whole("batch_size", batch_size)
+    weights, active = weight_bytes(num_parameters(config), weight_dtype), num_active_parameters(config)
+
+    def at_context(length: Amount) -> Worked:
+        held = kv_bytes_of_sequence(config, whole("context", length, 0), kv_dtype)
+        return decode_step_ms(weights, held, chip, batch_size=batch, num_parameters=active, num_chips=num_chips,
+                              compute_dtype=compute_dtype)  # fmt: skip
+
+    return for_each(context, at_context)
