@@ -1,0 +1,106 @@
+"""The least time a step can take on a machine, from the calculators: bytes it must read, FLOPs it must do.
+
+    bytes   the weights once (of a table of embeddings only where it is the head too), of experts those that the step's
+            tokens are expected to touch; K and V of all that its requests hold, windows cut off
+    FLOPs   2 x weights per token, the head only where logits are wanted, attention by pairs of a query and a key
+    floor   the longer of the two, as if each hid the other completely
+The rates are those that the machine reaches in this process (`measured_roofs`), not its data sheet's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from minivllm.config import DTYPE_BYTES
+from minivllm.course.calculators import (
+    Accelerator,
+    attention_flops,
+    expected_experts,
+    kv_bytes_of_sequence,
+    num_active_parameters,
+    num_parameters,
+)
+from minivllm.course.calculators.model_fields import Config
+from minivllm.provenance import provenance
+
+NUM_TRIES = 8
+
+
+@dataclass(frozen=True)
+class StepFloor:
+    """What one step must move and do, and how long that takes at the machine's rates."""
+
+    weight_bytes: int
+    kv_bytes: int
+    flops: int
+    read_ms: float
+    compute_ms: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.read_ms, self.compute_ms)
+
+
+class ModelWork:
+    """What a model's steps cost; read from its config.json by the calculators alone."""
+
+    def __init__(self, config: Config, dtype: str) -> None:
+        self.config = config
+        self.dtype = dtype
+        parameters, active = num_parameters(config), num_active_parameters(config)
+        parts = {name: int(part) for name, part in parameters.parts.items()}
+        self.head = parts["head"] or parts["embeddings"]  # tied: the table is read as a matrix
+        self.body = int(parameters) - parts["embeddings"] - parts["head"]
+        self.experts = parts["experts"]
+        self.active_body = int(active) - parts["embeddings"] - parts["head"]
+
+    def floor(self, scheduled: Sequence[tuple[int, int]], num_logits: int, machine: Accelerator) -> StepFloor:
+        """Of a step that computes, for each of its requests, `num_new` tokens and has `num_stored` after it."""
+        size, num_tokens = DTYPE_BYTES[self.dtype], sum(num_new for num_new, _ in scheduled)
+        num_weights = self.body - self.experts + self._experts_read(num_tokens) + self.head * (num_logits > 0)
+        kv_bytes = sum(int(kv_bytes_of_sequence(self.config, stored, self.dtype)) for _, stored in scheduled)
+        pairs = sum(int(attention_flops(self.config, new, stored - new)) for new, stored in scheduled)
+        flops = 2 * (self.active_body * num_tokens + self.head * num_logits) + pairs
+        read_s = (num_weights * size + kv_bytes) / machine.bandwidth
+        compute_s = flops / machine.flops_of(self.dtype)
+        return StepFloor(num_weights * size, kv_bytes, flops, 1e3 * read_s, 1e3 * compute_s)
+
+    def _experts_read(self, num_tokens: int) -> int:
+        """Weights of the experts that so many tokens are expected to touch."""
+        if not self.experts:
+            return 0
+        num_experts = int(str(self.config["n_routed_experts"]))  # type: ignore[index]  # a config.json of our own
+        num_used = int(str(self.config["num_experts_per_tok"]))  # type: ignore[index]
+        return int(self.experts * float(expected_experts(num_experts, num_used, num_tokens)) / num_experts)
+
+
+def measured_roofs(device: str, dtype: str) -> Accelerator:
+    """The best of some reads of one big tensor, and of some products of square matrices, in this process."""
+    num_bytes, side = (4 << 30, 8192) if device == "cuda" else (1 << 29, 1024)
+    numbers = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(numbers)
+    square = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+    read_s = _best_seconds(lambda: numbers.sum(), device)
+    copy_s = _best_seconds(lambda: target.copy_(numbers), device)
+    product_s = _best_seconds(lambda: square @ square, device)
+    facts = provenance(0)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{facts['machine']}, {facts['threads']} threads"
+    bandwidth = max(num_bytes / read_s, 2 * num_bytes / copy_s)
+    short_name = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+    return Accelerator(
+        str(name), num_bytes, bandwidth, {short_name: 2 * side**3 / product_s}, "measured in this process"
+    )
+
+
+def _best_seconds(run: Callable[[], object], device: str) -> float:
+    def once() -> float:
+        started_s = perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - started_s
+
+    once()
+    return min(once() for _ in range(NUM_TRIES))
