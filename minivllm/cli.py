@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("lab", "Open JupyterLab on the notebooks.", open_lab, _add_lab),
         ("fetch", "Download and convert the default model, once.", fetch, None),
         ("generate", "Answer or continue a prompt, as the tokens come.", generate, _add_generate),
+        ("convert", "Write a Llama model with another attention: MHA, GQA, MQA or MLA.", convert, _add_convert),
         ("bench", "Measure: minivllm bench engine --help, also kernels and policies.", bench, _add_bench),
         ("study", "Try the engine's policies on itself and print what came of it.", study, _add_study),
         ("doctor", "Say what this machine has, and what to do about each lack.", examine, None),
@@ -180,6 +181,19 @@ def _stats(result: "RequestOutput") -> str:
     return f"{line}; {sample.finish_reason}"
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Llama model: a name, a folder or a Hugging Face id")
+    parser.add_argument("--to", required=True, help="mha, mqa, gqa-G (G KV heads) or mla-R (a latent of R numbers)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new")
+
+
+def convert(options: argparse.Namespace) -> int:
+    from minivllm.lab.conversion import convert as write_converted  # torch and transformers: seconds
+
+    print(f"{options.to}: {write_converted(options.model, options.to, options.out)}")
+    return OK
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["engine", "kernels", "policies"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of that benchmark")
@@ -192,6 +206,8 @@ def bench(options: argparse.Namespace) -> int:
 
 STUDIES = {  # module of minivllm.lab, and what it answers
     "allocators": ("allocator_study", "how much memory paging saves, beside four rivals"),
+    "attentions": ("conversion_study", "what MHA, GQA, MQA and MLA of one model cost in bytes, in loss and in time"),
+    "bytes": ("bytes_study", "whether formulas and the engine agree on bytes, and how near steps come to their floors"),
     "equality": ("equality", "whether a cached, chunked, preempted or forked run equals a cold one in every bit"),
     "futures": ("time_travel", "what changes when one policy is changed halfway through a run"),
     "hits": ("hit_study", "how near prefix caches, evictions and orders come to the best hit rate there is"),
