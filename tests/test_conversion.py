@@ -265,8 +265,9 @@ def test_tuning_heals_a_converted_model_and_the_seed_decides_how(llama: Build, t
 
 def test_the_command_writes_losses_before_and_after(llama: Build, tmp_path: Path) -> None:
     source = llama()
-    arrays = {name: ROWS.numpy().astype(np.uint16) for name in ("training", "calibration", "held out a", "held out b")}
-    np.savez(tmp_path / "corpus.npz", **arrays)
+    rows = ROWS.numpy().astype(np.uint16)
+    held_out = {"held out a": rows, "held out b": rows}
+    np.savez(tmp_path / "corpus.npz", allow_pickle=False, training=rows, calibration=rows, **held_out)
     wanted = ["--corpus", str(tmp_path), "--output", str(tmp_path / "tuned.json"), "--model", str(source)]
     assert main([*wanted, "--variants", "gqa-3,mla-16", "--tokens", "20000", "--rows", "4"]) == 0
     result = json.loads((tmp_path / "tuned.json").read_text())

@@ -15,12 +15,13 @@ from transformers import (
 )
 
 from minivllm import LLM, SamplingParams
-from minivllm.attention import Backend, choose_backend
+from minivllm.attention import Backend, ForwardBatch, LayerKV, choose_backend
 from minivllm.attention.latent_torch import TorchLatentAttention
 from minivllm.attention.latent_triton import TritonLatentBackend, TritonLatentDecode, fits_kernel
 from minivllm.attention.torch_backend import TorchAttention
 from minivllm.attention.triton_backend import TritonBackend
 from minivllm.config import ModelConfig
+from minivllm.runner.kv_storage import KVStorage
 from minivllm.weights import builtin_configs
 from tests.conftest import MLA, SHAPE, YARN
 from tests.kernel_cases import HAS_GPU
@@ -100,6 +101,26 @@ def test_kernel_takes_latents_that_are_powers_of_two() -> None:
     odd = ModelConfig.from_json(builtin_configs()["deepseek-v2-lite"] | {"kv_lora_rank": 384})
     assert not fits_kernel(odd) and not fits_kernel(ModelConfig.from_json(builtin_configs()["smollm2-135m"]))
     assert choose_backend("cpu", lite) is choose_backend("cuda", odd) is TorchLatentAttention
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(64, 64), (128, 64), (256, 64), (512, 64), (64, 16)])
+def test_any_latent_finds_a_kernel_that_takes_it(rank: int, rope: int) -> None:
+    dtype = "bfloat16" if HAS_GPU else "float16"  # what Hopper's kernel takes, and the interpreter, which has no bf16
+    tiny = builtin_configs()["tiny-mla"] | {"kv_lora_rank": rank, "qk_rope_head_dim": rope, "dtype": dtype}
+    config = ModelConfig.from_json(tiny)
+    starts, lengths = torch.arange(3, device=DEVICE), torch.tensor([20, 33], device=DEVICE)
+    table = torch.tensor([[5, 2, 0], [7, 1, 4]], device=DEVICE)
+    slots = torch.tensor([2 * 16 + 3, 4 * 16], device=DEVICE)
+    batch = ForwardBatch(starts[:2], lengths - 1, slots, table, starts, lengths, starts[:2])
+    torch.manual_seed(rank)
+    storage = KVStorage(config, 8, 16, DEVICE)
+    storage.data.normal_()
+    sizes = ((2, 8, 32), (2, 8, rope), (2, rank + rope), (8, 32, rank), (8, 32, rank))
+    inputs = [torch.randn(size, device=DEVICE).to(storage.data.dtype) for size in sizes]
+    layers: list[LayerKV] = list(storage.layers)
+    backends = (TorchLatentAttention, TritonLatentBackend(config, DEVICE))
+    expected, found = (backend(config, batch, layers).attend_latent(0, *inputs) for backend in backends)
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.02 * float(expected.abs().max()))
 
 
 def test_a_gpu_gets_the_kernels_where_they_have_the_head_size() -> None:

@@ -213,14 +213,12 @@ def mla_decode_hopper(
     check_latent(q_latent, q_rope, latent_cache, block_table, num_tokens, out)
     batch_size, num_heads, latent = q_latent.shape
     block_size, width = latent_cache.shape[1:]
-    obstacle = mla_obstacle(q_latent, q_rope, latent_cache)
+    config = config or mla_hopper_config(num_heads)
+    obstacle = mla_obstacle(q_latent, q_rope, latent_cache, config)
     require(obstacle is None, f"{obstacle}: use mla_decode")
     check_options(scale, None, None)
     if batch_size == 0:
         return
-    config = config or mla_hopper_config(num_heads)
-    fits = width // BOX.value % config.pack == 0 and width // BOX.value <= config.pack * config.places
-    require(fits, f"{width} columns are not packs of {config.pack} boxes of 64, or the ring is short: use mla_decode")
     head_blocks = triton.cdiv(num_heads, config.heads * config.groups)
     shares = max(1, num_multiprocessors(q_latent.device) // head_blocks)
     workspace.require_room(2 * shares * num_heads, latent)
@@ -247,9 +245,15 @@ def _descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout(128, 16, len(box)))
 
 
-def mla_obstacle(q_latent: torch.Tensor, q_rope: torch.Tensor, latent_cache: torch.Tensor) -> str | None:
+def mla_obstacle(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, latent_cache: torch.Tensor, config: MlaHopperConfig | None = None
+) -> str | None:
     """Why this kernel cannot serve these tensors and mla_decode has to; None if it can."""
     latent, rope = q_latent.shape[2], q_rope.shape[2]
+    config = config or mla_hopper_config(q_latent.shape[1])
     if latent % BOX.value or rope % BOX.value or latent > 512:
         return f"latent and rope are {latent} and {rope}, not multiples of 64 up to 512"
+    boxes = (latent + rope) // BOX.value
+    if boxes % config.pack or boxes > config.pack * config.places:
+        return f"{latent + rope} columns are not packs of {config.pack} boxes of 64, or the ring is short"
     return hopper_obstacle(latent_cache.shape[1], q_latent, q_rope, latent_cache)
