@@ -19,5 +19,7 @@ class RequestError(MiniVLLMError, ValueError):
 
 def short(value: object) -> str:
     """What was given, on one line of bounded length."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length():,} bits"  # Python itself refuses to print the longest
     text = " ".join(repr(value).split())  # arrays print on several lines
     return text if len(text) <= 60 else text[:57] + "..."

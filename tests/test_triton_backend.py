@@ -116,7 +116,9 @@ def test_any_latent_finds_a_kernel_that_takes_it(rank: int, rope: int) -> None:
     storage = KVStorage(config, 8, 16, DEVICE)
     storage.data.normal_()
     sizes = ((2, 8, 32), (2, 8, rope), (2, rank + rope), (8, 32, rank), (8, 32, rank))
-    inputs = [torch.randn(size, device=DEVICE).to(storage.data.dtype) for size in sizes]
+    scales = (1, 1, 1, rank**-0.5, rank**-0.5)  # so that no one key takes all: rounding would choose another
+    parts = zip(sizes, scales, strict=True)
+    inputs = [(torch.randn(size, device=DEVICE) * scale).to(storage.data.dtype) for size, scale in parts]
     layers: list[LayerKV] = list(storage.layers)
     backends = (TorchLatentAttention, TritonLatentBackend(config, DEVICE))
     expected, found = (backend(config, batch, layers).attend_latent(0, *inputs) for backend in backends)

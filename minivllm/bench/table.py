@@ -9,6 +9,8 @@ POLICY_RESULTS = Path(__file__).with_name("results") / "policies_cpu.json"
 POLICY_BEGIN, POLICY_END = "<!-- policy table: begin -->\n", "<!-- policy table: end -->"
 KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
 KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
+CONVERSIONS = Path(__file__).parents[1] / "lab" / "conversions"
+CONVERSION_BEGIN, CONVERSION_END = "<!-- conversion table: begin -->\n", "<!-- conversion table: end -->"
 LABELS = {"what", "unit"}
 
 
@@ -46,6 +48,32 @@ def kernel_table(path: Path = KERNEL_RESULTS) -> str:
     return "\n".join(lines) + "\n" + source
 
 
+def conversion_table(folder: Path = CONVERSIONS) -> str:
+    """Markdown: a line for each attention of one model's weights, then where bytes, speeds and losses come from."""
+    tuned = json.loads((folder / "tuned_h200.json").read_text())
+    measured = json.loads((folder / "measured_h200.json").read_text())
+    after = {row["variant"]: row for row in tuned["rows"]}
+    lines = [
+        "| attention | numbers a layer keeps of a token | bytes per token | loss before tuning | after "
+        "| tokens/s, 1 request | 32 |",
+        "| --- " * 7 + "|",
+    ]
+    for row in measured["measured"]:
+        losses = (f"{after[row['variant']][when]['all']:.3f}" for when in ("before", "after"))
+        speeds = (f"{speed:.0f}" for speed in row["tokens_per_s"].values())
+        cells = (row["variant"], f"{row['numbers_per_layer']:,}", f"{row['bytes_per_token']:,}", *losses, *speeds)
+        lines.append("".join(f"| {cell} " for cell in cells) + "|")
+    facts, here = tuned["provenance"], measured["provenance"]
+    num_tokens = max(row["num_tokens"] for row in tuned["rows"])
+    source = (
+        f"\nLosses in nats per token, tuned on {num_tokens / 1e6:.0f} million tokens: {facts['device']}, torch "
+        f"{facts['torch']}, transformers {facts['transformers']}, commit {facts['commit']}, seed {facts['seed']}: "
+        f"`{facts['command']}`. Bytes and speeds, which hang on kernel launches at this size: {here['device']}, commit "
+        f"{here['commit']}: `{here['command']}`\n"
+    )
+    return "\n".join(lines) + "\n" + source
+
+
 def write_into(readme: Path) -> None:
     """Put every table into its place between two comments."""
     text = readme.read_text()
@@ -53,6 +81,7 @@ def write_into(readme: Path) -> None:
         (BEGIN, END, table()),
         (POLICY_BEGIN, POLICY_END, table(POLICY_RESULTS)),
         (KERNEL_BEGIN, KERNEL_END, kernel_table()),
+        (CONVERSION_BEGIN, CONVERSION_END, conversion_table()),
     ):
         head, rest = text.split(begin)
         text = head + begin + made + end + rest.split(end, 1)[1]

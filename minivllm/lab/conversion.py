@@ -11,8 +11,9 @@ What comes out is a Hugging Face folder that the engine and transformers load.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -130,9 +131,7 @@ def _calibration_text(source: ModelSource) -> Tensor:
 
 
 def _pooled(weights: Weights, config: ModelConfig, num_groups: int, show_progress: bool) -> Weights:
-    pool: Callable[[Tensor], Tensor] = lambda rows: pool_heads(  # noqa: E731
-        rows, config.num_kv_heads, config.num_heads, num_groups
-    )
+    pool = partial(pool_heads, num_kv_heads=config.num_kv_heads, num_heads=config.num_heads, num_groups=num_groups)
     parts = ("self_attn.k_proj.", "self_attn.v_proj.")
     bar = tqdm(weights.items(), desc="convert", unit=" tensors", disable=not show_progress)
     return {name: pool(tensor) if any(part in name for part in parts) else tensor for name, tensor in bar}

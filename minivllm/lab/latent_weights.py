@@ -19,7 +19,7 @@ from minivllm.models.layers import inverse_frequencies
 
 # |latent|^2 is R - 1 on average: at R = 64 the norm's share of error is 3e-8, and 3e-6 for a token 100 times as large.
 CONSTANT = 2.0**15  # exact in bf16, and within fp16
-REACH = 16  # tokens: distances that a key without RoPE is fitted to; measured, see `phases`
+REACH = 16  # tokens: distances that a key without RoPE is fitted to; of 1, 16 and 64 the one with the least loss
 FROM_LLAMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "max_position_embeddings", "rms_norm_eps", "hidden_act", "initializer_range", "tie_word_embeddings",
               "rope_parameters", "rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -79,8 +79,7 @@ def phases(rope: RopeConfig, head_size: int) -> Tensor:
     """The turn that stands for all distances in a score without RoPE, [D/2, 1] complex: the mean over near tokens.
 
     Fast pairs average out and hardly count, slow ones keep their sign. Nearer tokens weigh more: a text of REACH tokens
-    has REACH - d pairs at distance d. On SmolLM2 at full rank, held-out loss rises from 2.574 to 2.742 without phases,
-    to 2.695 with a reach of 64, to 2.637 with 16, and to 2.653 with phases weighted by each head's own attention.
+    has REACH - d pairs at distance d.
     """
     distance = torch.arange(REACH, dtype=torch.float64)
     pairs = REACH - distance

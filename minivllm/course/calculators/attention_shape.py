@@ -19,14 +19,8 @@ KINDS = {
     "sliding_attention": "window", "local": "window", "window": "window",
     "chunked_attention": "chunk", "linear_attention": "linear",
 }  # fmt: skip
-ALWAYS_WINDOWED = (
-    "mistral",
-    "mixtral",
-    "ministral",
-    "phi3",
-    "phimoe",
-    "starcoder2",
-)  # wherever sliding_window is a number
+# Windowed wherever sliding_window is a number.
+ALWAYS_WINDOWED = ("mistral", "mixtral", "ministral", "phi3", "phimoe", "starcoder2")
 PATTERNS = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4}  # every n-th layer is global
 MAX_LAYERS = 10_000
 UNREADABLE = {
@@ -34,7 +28,9 @@ UNREADABLE = {
     "cross_attention_layers": "cross-attention", "attn_layer_period": "Mamba layers", "ssm_cfg": "Mamba layers",
     "mamba_d_state": "Mamba layers", "state_size": "Mamba layers", "conv_L_cache": "convolution layers",
     "block_types": "recurrent layers", "hybrid_override_pattern": "Mamba layers", "linear_attn_config": "linear layers",
-    "swa_num_key_value_heads": "windowed layers of another shape", "zero_expert_num": "two attentions in each layer",
+    "swa_num_key_value_heads": "windowed layers of another shape", "block_configs": "layers of different shapes",
+    "num_key_value_heads_per_layer": "layers of different shapes", "num_query_heads": "layers of different shapes",
+    "use_cla": "layers that share K and V in pairs", "zero_expert_num": "two attentions in each layer",
 }  # fmt: skip
 
 
@@ -105,8 +101,10 @@ def attention_shape(config: Config | AttentionShape) -> AttentionShape:
         return config
     fields = Fields(config)
     for name, what in UNREADABLE.items():
-        if fields.get(name) is not None:
+        if fields.get(name) not in (None, False):
             raise ModelError(f"config.json: {name} means {what}, which this calculator cannot count; it would be wrong")
+    if any(kind != 1 for kind in fields.words("attn_type_list") or ()):  # MiniMax: 1 is softmax, 0 lightning
+        raise ModelError("config.json: attn_type_list names linear layers, which this calculator cannot count")
     if fields.flag("is_encoder_decoder"):
         raise ModelError("config.json: is_encoder_decoder is true; only decoders keep a KV cache this calculator knows")
     num_layers = fields.whole("num_hidden_layers")
@@ -132,7 +130,8 @@ def _plain_layer(fields: Fields) -> Layer:
             "num_attention_heads must be a multiple of num_key_value_heads"
         )
     head_size = _head_size(fields, num_heads)
-    return Layer("full", num_heads, num_kv_heads, head_size, head_size)
+    value_size = fields.whole("v_head_dim", head_size, least=0) or head_size  # 0 in DeepSeek models without MLA
+    return Layer("full", num_heads, num_kv_heads, head_size, value_size)
 
 
 def _head_size(fields: Fields, num_heads: int) -> int:
@@ -182,6 +181,10 @@ def _kinds(fields: Fields, num_layers: int) -> list[str]:
 def _repeated(groups: tuple[object, ...]) -> tuple[object, ...]:
     """GPT-Neo's [[["global", "local"], 6]] as twelve names; anything else names no layer."""
     pairs = [group for group in groups if isinstance(group, list | tuple) and len(group) == 2]
+    if any(not isinstance(names, list | tuple) or type(count) is not int for names, count in pairs):
+        raise ModelError(f"config.json: attention_types must be like [[['global', 'local'], 6]], not {short(groups)}")
+    if any(len(names) * count > MAX_LAYERS for names, count in pairs):
+        raise ModelError(f"config.json: attention_types names more than {MAX_LAYERS} layers; are the counts right?")
     return tuple(name for names, count in pairs for name in [*names] * count)
 
 

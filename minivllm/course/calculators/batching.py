@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
+from itertools import pairwise
 
 from minivllm.course.calculators.checks import at_least, listed, positive, share, whole
-from minivllm.course.calculators.units import plain
+from minivllm.course.calculators.units import counted, listing, plain
 from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
 from minivllm.errors import ConfigError
 
@@ -14,7 +15,7 @@ def static_steps(lengths: Sequence[Amount], num_slots: Amount) -> Worked:
     tokens, slots = _lengths(lengths), whole("num_slots", num_slots)
     longest = [max(tokens[i : i + slots]) for i in range(0, len(tokens), slots)]
     steps = sum(longest)
-    return work("static steps", " + ".join(map(str, longest)), steps, "steps", use=_slot_use(tokens, steps, slots))
+    return work("static steps", listing(map(str, longest), " + "), steps, "steps", use=_slot_use(tokens, steps, slots))
 
 
 def continuous_steps(lengths: Sequence[Amount], num_slots: Amount) -> Worked:
@@ -25,7 +26,7 @@ def continuous_steps(lengths: Sequence[Amount], num_slots: Amount) -> Worked:
     for length in tokens:
         heapreplace(ends, ends[0] + length)  # the slot that is free first
     steps = max(ends)
-    formula = "last end of slots that end at " + ", ".join(map(str, sorted(ends)))
+    formula = "the last of the slots' ends " + listing(map(str, sorted(ends)))
     return work("continuous steps", formula, steps, "steps", use=_slot_use(tokens, steps, slots))
 
 
@@ -112,7 +113,7 @@ def goodput(
     count = len(requests)
     met = work("met", f"{good} / {count}", 100 * good / count, "%")
     rate = work("throughput", f"{count} / {plain(time)} s", count / time, "requests/s")
-    formula = f"{good} requests within {plain(first)} ms and {plain(each)} ms / {plain(time)} s"
+    formula = f"{counted(good, 'requests')} within {plain(first)} ms and {plain(each)} ms / {plain(time)} s"
     return work("goodput", formula, good / time, "requests/s", met=met, throughput=rate)
 
 
@@ -125,6 +126,24 @@ def time_per_output_token_ms(end_to_end_ms: Amount, ttft_ms: Amount, num_output:
         raise ConfigError(f"ttft_ms {plain(first)} exceeds end_to_end_ms {plain(total)}; are they swapped?")
     formula = f"({plain(total)} − {plain(first)}) / ({tokens} − 1)"
     return work("TPOT", formula, (total - first) / (tokens - 1), "ms/token")
+
+
+def request_latency_ms(arrival_ms: Amount, token_times_ms: Sequence[Amount]) -> Worked:
+    """TTFT of one request of a trace; in parts `e2e`, `tpot`, the mean gap, and `longest_gap`, the worst stall.
+
+    request_latency_ms(0, [200, 240, 330]): TTFT 200, E2E 330, TPOT 65, longest gap 90.
+    """
+    start = at_least("arrival_ms", arrival_ms)
+    times = [at_least(f"token_times_ms[{i}]", t, start) for i, t in enumerate(listed("token_times_ms", token_times_ms))]
+    gaps = [later - before for before, later in pairwise(times)]
+    if any(gap < 0 for gap in gaps):
+        raise ConfigError("token_times_ms must not fall: the time of each token on the clock, in order")
+    parts = {"e2e": work("E2E", f"{plain(times[-1])} − {plain(start)}", times[-1] - start, "ms")}
+    if gaps:
+        span = f"({plain(times[-1])} − {plain(times[0])}) / {len(gaps)}"
+        parts["tpot"] = work("TPOT", span, (times[-1] - times[0]) / len(gaps), "ms/token")
+        parts["longest_gap"] = work("longest gap", f"max({listing(map(plain, gaps))})", max(gaps), "ms")
+    return work("TTFT", f"{plain(times[0])} − {plain(start)}", times[0] - start, "ms", **parts)
 
 
 def cost_per_million_tokens(price_per_hour: Amount, tokens_per_s: Amount, utilisation: Amount = 1) -> Worked:

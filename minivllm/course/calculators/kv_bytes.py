@@ -10,7 +10,7 @@ from itertools import groupby
 from minivllm.course.calculators.attention_shape import AttentionShape, Layer, attention_shape
 from minivllm.course.calculators.checks import positive, whole
 from minivllm.course.calculators.model_fields import Config
-from minivllm.course.calculators.units import plain
+from minivllm.course.calculators.units import counted, plain
 from minivllm.course.calculators.worked import Amount, Amounts, Number, Worked, for_each, lines_of, unit_of, work
 from minivllm.errors import ConfigError, ModelError, short
 
@@ -18,7 +18,8 @@ from minivllm.errors import ConfigError, ModelError, short
 BITS = {
     "float32": 32.0, "fp32": 32.0, "bfloat16": 16.0, "bf16": 16.0, "float16": 16.0, "fp16": 16.0,
     "fp8": 8.0, "fp8_e4m3": 8.0, "fp8_e5m2": 8.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0,
-    "mxfp8": 8.25, "nvfp4": 4.5, "mxfp4": 4.25,
+    "float8_e4m3fn": 8.0, "float8_e4m3fnuz": 8.0, "float8_e5m2": 8.0, "float8_e5m2fnuz": 8.0, "uint8": 8.0,
+    "half": 16.0, "float": 32.0, "fp4": 4.0, "mxfp8": 8.25, "nvfp4": 4.5, "mxfp4": 4.25,
 }  # fmt: skip
 Dtype = str | int | float | Worked  # a name above, or bits per element, scales included: 4.5
 
@@ -26,7 +27,8 @@ Dtype = str | int | float | Worked  # a name above, or bits per element, scales 
 def kv_bytes_per_token(config: Config | AttentionShape, dtype: Dtype = "bfloat16") -> Worked:
     """K and V of one token over all layers: kv_bytes_per_token("llama-3-8b") == 131_072.
 
-    Windowed layers count in full: this is what a sequence grows by until its windows are full.
+    Windowed layers count in full: this is what a sequence grows by until its windows are full. `dtype` is a name, or
+    bits per element: 16 and not 2 for bf16.
     """
     shape, bits = attention_shape(config), bits_of(dtype)
     merged = _merged(shape, bits)
@@ -49,7 +51,9 @@ def kv_bytes_of_sequence(config: Config | AttentionShape, num_tokens: Amounts, d
         num_bytes = _in_bytes(sum(tokens * elements for tokens, elements in held), bits)
         per_token = kv_bytes_per_token(shape, dtype)
         if all(tokens == size or not elements for tokens, elements in held):
-            return work("KV of the sequence", f"{size:,} tokens × {int(per_token):,} B", num_bytes, "bytes", per_token)
+            return work(
+                "KV of the sequence", f"{counted(size, 'tokens')} × {int(per_token):,} B", num_bytes, "bytes", per_token
+            )
         text = " + ".join(
             f"{len(list(group))} × {kept:,} tokens × {plain(_in_bytes(elements, bits))} B"
             for (kept, elements), group in groupby(sorted(held, reverse=True))
@@ -64,7 +68,9 @@ def state_bytes(config: Config | AttentionShape, dtype: Dtype = "bfloat16") -> W
     """What linear-attention layers keep of a sequence, however long it is; 0 where there are none."""
     shape, bits = attention_shape(config), bits_of(dtype)
     states = [layer.state_elements for layer in shape.layers if layer.state_elements]
-    formula = f"{len(states)} linear layers × {states[0] if states else 0:,} elements × {size_of(bits)}"
+    if not states:
+        return work("constant state of a sequence", "no linear layers", 0, "bytes")
+    formula = f"{counted(len(states), 'linear layers')} × {states[0]:,} elements × {size_of(bits)}"
     return work("constant state of a sequence", formula, _in_bytes(sum(states), bits), "bytes")
 
 
@@ -161,15 +167,19 @@ def ratio(larger: Amount, smaller: Amount) -> Worked:
 def saving(smaller: Amount, larger: Amount) -> Worked:
     """Percent saved: 1 - smaller / larger."""
     less, more = positive("smaller", smaller), positive("larger", larger)
+    if less > more:
+        raise ConfigError(f"smaller is {plain(less)} and larger {plain(more)}: nothing is saved; are they swapped?")
     return work("saved", f"1 − {plain(less)} / {plain(more)}", 100 * (1 - less / more), "%", smaller, larger)
 
 
 def bits_of(dtype: Dtype) -> float:
     """Bits per element, scales included where a format has them: bits_of("bf16") == 16. Raises ConfigError."""
+    is_number = isinstance(dtype, int | float | Worked)
+    name = "" if is_number else str(dtype).lower().removeprefix("torch.")  # torch.bfloat16 itself serves too
+    if name in BITS:
+        return BITS[name]
     if isinstance(dtype, str):
-        if dtype.removeprefix("torch.") not in BITS:
-            raise ConfigError(f"dtype {short(dtype)} is unknown; use one of {', '.join(BITS)}, or a number of bits")
-        return BITS[dtype.removeprefix("torch.")]
+        raise ConfigError(f"dtype {short(dtype)} is unknown; use one of {', '.join(BITS)}, or a number of bits")
     return float(positive("dtype (bits per element)", dtype))
 
 
@@ -184,8 +194,13 @@ def _merged(shape: AttentionShape, bits: float) -> list[Worked]:
     """One result for all layers that keep the same."""
     keeping = sorted((layer for layer in shape.layers if layer.elements_per_token), key=_kept)
     groups = [list(group) for _, group in groupby(keeping, key=_kept)]
-    name = "KV bytes per token" if len(groups) == 1 else "of these, per token"
-    return [_layers_bytes(name, group[0], len(group), bits) for group in groups]
+    return [_layers_bytes(_name_of(group[0], len(groups)), group[0], len(group), bits) for group in groups]
+
+
+def _name_of(layer: Layer, num_groups: int) -> str:
+    if num_groups == 1:
+        return "KV bytes per token"
+    return f"{'windowed' if layer.window else 'full'} layers, per token"
 
 
 def _kept(layer: Layer) -> tuple[int, int]:
@@ -196,10 +211,10 @@ def _layers_bytes(name: str, layer: Layer, num_layers: int, bits: float) -> Work
     if layer.latent_size:
         kept = f"(latent {layer.latent_size} + rotary key {layer.rope_size})"
     elif layer.key_size == layer.value_size:
-        kept = f"2 (K and V) × {layer.num_kv_heads} KV heads × {layer.key_size}"
+        kept = f"2 (K and V) × {counted(layer.num_kv_heads, 'KV heads')} × {layer.key_size}"
     else:
         kept = f"{layer.num_kv_heads} KV heads × (key {layer.key_size} + value {layer.value_size})"
-    kind = f"{num_layers} layers" if not layer.window else f"{num_layers} layers of window {layer.window:,}"
+    kind = counted(num_layers, "layers") + (f" of window {layer.window:,}" if layer.window else "")
     value = _in_bytes(num_layers * layer.elements_per_token, bits)
     return work(name, f"{kind} × {kept} × {size_of(bits)}", value, "bytes/token")
 

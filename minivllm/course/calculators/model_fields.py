@@ -14,10 +14,17 @@ Config = Json | str  # a parsed config.json, or the name of a public model: "lla
 
 NAMES = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads"),
-    "head_dim": ("head_dim", "kv_channels"),
+    "num_key_value_heads": (
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_head_kv",
+        "multi_query_group_num",
+        "kv_n_heads",
+        "num_attention_groups",
+    ),
+    "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "vocab_size": ("padded_vocab_size", "vocab_size"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
@@ -27,7 +34,8 @@ NAMES = {
 RENAMED = {
     "gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "RefinedWebModel": "falcon", "RefinedWeb": "falcon",
 }  # fmt: skip
-NESTED = ("text_config", "language_config", "llm_config")
+NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+MOST = 10**12  # no field that counts something is larger
 
 # What transformers fills in where a published config.json leaves a field out.
 LEFT_OUT: dict[str, Json] = {
@@ -88,9 +96,7 @@ class Fields:
             config = public_config(config)
         if not isinstance(config, Mapping):
             raise ModelError(f"a config must be a dict read from config.json or a model's name, not {short(config)}")
-        nested = next((config[name] for name in NESTED if isinstance(config.get(name), Mapping)), None)
-        outer_tie = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-        fields = {**outer_tie, **nested} if isinstance(nested, Mapping) else dict(config)
+        fields = _decoder(config)
         self.family = _family(fields, config)
         attention = fields.get("attn_config")  # MPT keeps its attention apart
         flat = {**attention, **fields} if isinstance(attention, Mapping) else fields
@@ -107,9 +113,11 @@ class Fields:
         if value is None:
             value = default
         if value is None:
-            raise ModelError(f"config.json: {name} is missing; add it: the shape of the cache follows from it")
+            raise ModelError(f"config.json: {name} is missing; add it: the answer depends on it")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ModelError(f"config.json: {name} must be an integer of at least {least}, not {short(value)}")
+        if value > MOST:
+            raise ModelError(f"config.json: {name} must be an integer of at most 10^12; is it another number?")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -127,6 +135,13 @@ class Fields:
         if value is not None and not isinstance(value, list | tuple):
             raise ModelError(f"config.json: {name} must be a list with one entry for each layer, not {short(value)}")
         return None if value is None else tuple(value)
+
+
+def _decoder(config: Json) -> Json:
+    """The part of a multimodal config that describes the language model; a plain config is all of that."""
+    nested = next((config[name] for name in NESTED if isinstance(config.get(name), Mapping)), None)
+    outer_tie = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return _decoder({**outer_tie, **nested}) if isinstance(nested, Mapping) else dict(config)
 
 
 def _family(fields: Json, outer: Json) -> str:

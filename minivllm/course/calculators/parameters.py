@@ -5,6 +5,7 @@ checkpoint: tied embeddings once, DeepSeek-V3's routing bias included, its extra
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from minivllm.course.calculators.attention_shape import Layer, attention_shape
@@ -94,7 +95,7 @@ def num_parameters(config: Config) -> Worked:
 def num_active_parameters(config: Config) -> Worked:
     """Parameters that one token passes through: all but the experts it is not sent to."""
     fields, total = Fields(config), num_parameters(config)
-    if fields.get("num_experts") is None:
+    if not fields.whole("num_experts", 0, least=0):
         return work("active parameters", "dense: all of them", int(total), "parameters", total)
     num_experts, num_used = fields.whole("num_experts"), fields.whole("num_experts_per_tok")
     if num_used > num_experts:
@@ -120,7 +121,7 @@ def weight_bytes(parameters: Amount | Config, dtype: Dtype = "bfloat16", tensor_
 
     Takes a number of parameters or a config. For quantized weights give the bits with their scales: 4 + 32 / 128.
     """
-    count: Amount = parameters if isinstance(parameters, int | float | Worked) else num_parameters(parameters)
+    count: Amount = num_parameters(parameters) if isinstance(parameters, str | Mapping) else parameters
     number, num_gpus, bits = at_least("parameters", count), whole("tensor_parallel", tensor_parallel), bits_of(dtype)
     value = int(-(-number * bits // (8 * num_gpus)))
     formula = f"{plain(number)} × {size_of(bits)}" + (f" / {num_gpus} GPUs" if num_gpus > 1 else "")

@@ -8,12 +8,14 @@ from minivllm.course.calculators.kv_bytes import (
     kv_bytes_of_sequence,
     kv_bytes_per_token,
     kv_bytes_per_token_per_gpu,
+    state_bytes,
 )
 from minivllm.course.calculators.model_fields import Config
 from minivllm.course.calculators.parameters import num_active_parameters, num_parameters, weight_bytes
 from minivllm.course.calculators.roofline import Chip
 from minivllm.course.calculators.step_time import decode_step_ms
 from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
+from minivllm.errors import ModelError
 
 
 def capacity(
@@ -21,22 +23,28 @@ def capacity(
     workspace_bytes: Amount = 0, weight_dtype: Dtype = "bf16", kv_dtype: Dtype = "bf16",
     parameters: Amount | None = None,
 ) -> Worked:  # fmt: skip
-    """Sequences of a length that one server holds, windows respected; parts: `weights`, `pool`, `tokens` of one GPU.
+    """Sequences of a length that one server holds, windows and linear layers' states respected.
+
+    Parts: `weights`, `pool`, `tokens` of one GPU.
 
     `parameters` overrides what the config says, for exercises that round: capacity("llama-3-8b", "h100", 4096) == 104.
     """
     weights = weight_bytes(config if parameters is None else parameters, weight_dtype, tensor_parallel)
     pool = pool_bytes(accelerator(chip).memory_bytes, weights, utilisation, workspace_bytes)
     per_token = kv_bytes_per_token_per_gpu(config, tensor_parallel, kv_dtype)
+    if not int(per_token):
+        raise ModelError("no layer keeps K or V: any length takes the same; divide pool_bytes by state_bytes")
     ways = int(kv_bytes_per_token(config, kv_dtype)) // int(per_token)
+    state = state_bytes(config, kv_dtype)
     tokens = work("tokens", f"⌊{int(pool):,} / {int(per_token):,}⌋", int(pool) // int(per_token), "tokens", per_token)
 
     def of_length(length: Amount) -> Worked:
         size = whole("sequence_length", length)
         held = kv_bytes_of_sequence(config, size, kv_dtype)
-        share = f"({int(held):,} / {ways})" if ways > 1 else f"{int(held):,}"
-        fit = int(pool) // (int(held) // ways)
-        return work(f"sequences of {size:,}", f"⌊{int(pool):,} / {share}⌋", fit, "sequences", pool, held,
+        each = held + state if int(state) else held
+        share = f"({int(each):,} / {ways})" if ways > 1 else f"{int(each):,}"
+        fit = int(pool) // max(int(each) // ways, 1)
+        return work(f"sequences of {size:,}", f"⌊{int(pool):,} / {share}⌋", fit, "sequences", pool, each,
                     weights=weights, pool=pool, tokens=tokens)  # fmt: skip
 
     return for_each(sequence_length, of_length)

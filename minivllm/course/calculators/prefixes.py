@@ -43,7 +43,7 @@ def shared_blocks(shared_tokens: Amounts, block_size: Amount = 16) -> Worked:
 
 def trie_tokens(prompts: Sequence[Sequence[int]]) -> Worked:
     """Tokens that must be computed once at least: the size of the prompts' trie."""
-    ordered = _checked(prompts)
+    ordered = sorted(_lists(prompts))
     total = sum(map(len, ordered))
     common = sum(_common(a, b) for a, b in pairwise(ordered))
     return work("trie tokens", f"{total} − {common} shared by neighbours in sorted order", total - common, "tokens")
@@ -51,24 +51,24 @@ def trie_tokens(prompts: Sequence[Sequence[int]]) -> Worked:
 
 def optimal_hit_rate(prompts: Sequence[Sequence[int]]) -> Worked:
     """Highest possible hit rate in percent, 1 - trie / total, reached in depth-first order: SGLang, theorem 3.1."""
-    total = sum(map(len, _checked(prompts)))
-    trie = trie_tokens(prompts)
+    lists = _lists(prompts)
+    total, trie = sum(map(len, lists)), trie_tokens(lists)
     return work("optimal hit rate", f"1 − {int(trie)} / {total}", 100 * (total - int(trie)) / total, "%", trie)
 
 
 def hit_rate_with_room_for_one(prompts: Sequence[Sequence[int]]) -> Worked:
     """Hit rate in percent, in the order given, of a cache that holds the last prompt only; sorted prompts reach the
     optimum even so."""
-    _checked(prompts)
-    total = sum(map(len, prompts))
-    found = sum(_common(a, b) for a, b in pairwise(prompts))
+    lists = _lists(prompts)
+    total = sum(map(len, lists))
+    found = sum(_common(a, b) for a, b in pairwise(lists))
     return work("hit rate in this order", f"{found} / {total}", 100 * found / total, "%")
 
 
-def _checked(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The prompts in depth-first order, which is the sorted one. Raises ConfigError where there is none."""
+def _lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts in the order given; sorted is depth-first. Raises ConfigError where there is none."""
     lists = [listed(f"prompts[{i}]", prompt) for i, prompt in enumerate(listed("prompts", prompts))]
-    return sorted([whole("a token id", token, 0) for token in prompt] for prompt in lists)
+    return [[whole("a token id", token, 0) for token in prompt] for prompt in lists]
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from minivllm.course.calculators.checks import at_least, chosen, listed, positive, whole
+from minivllm.course.calculators.checks import LARGEST, at_least, chosen, listed, positive, whole
 from minivllm.course.calculators.kv_bytes import Dtype, bits_of
 from minivllm.course.calculators.units import plain
 from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
@@ -77,7 +77,7 @@ def scale_of(values: Sequence[Amount], bits: Amount = 8, is_symmetric: bool = Tr
 
     Symmetric: largest |x| / (2^(b-1) - 1). Asymmetric: (max - min) / (2^b - 1), zero point round(-min / scale).
     """
-    numbers = [float(at_least(f"values[{i}]", v, -1e300)) for i, v in enumerate(listed("values", values))]
+    numbers = [float(at_least(f"values[{i}]", v, -LARGEST)) for i, v in enumerate(listed("values", values))]
     width = _bits("bits", bits, 2)
     low, high = min(numbers), max(numbers)
     spread, levels = (max(abs(low), abs(high)), 2 ** (width - 1) - 1) if is_symmetric else (high - low, 2**width - 1)
@@ -92,11 +92,13 @@ def scale_of(values: Sequence[Amount], bits: Amount = 8, is_symmetric: bool = Tr
 
 def rounding_error(value: Amount, scale: Amount, zero_point: Amount = 0) -> Worked:
     """What is lost of one number: its place on the grid, back again, minus itself; at most half a scale."""
-    number, step = float(at_least("value", value, -1e300)), positive("scale", scale)
+    number, step = float(at_least("value", value, -LARGEST)), positive("scale", scale)
     zero = whole("zero_point", zero_point, 0)
     code = round(number / step) + zero
     formula = f"({code} − {zero}) × {plain(step)} − {plain(number)}"
-    return work("rounding error", formula, (code - zero) * step - number, "", scale)
+    lost = (code - zero) * step - number
+    is_exact = abs(lost) < 1e-12 * max(abs(number), step)  # what remains is the float's own dust
+    return work("rounding error", formula, 0.0 if is_exact else lost, "", scale)
 
 
 def _format(name: str) -> tuple[int, int, str]:
@@ -104,7 +106,7 @@ def _format(name: str) -> tuple[int, int, str]:
 
 
 def _layout(exponent_bits: Amount, mantissa_bits: Amount, specials: str) -> tuple[int, int, str]:
-    wide, fine = _bits("exponent_bits", exponent_bits, 2), _bits("mantissa_bits", mantissa_bits, 1)
+    wide, fine = _bits("exponent_bits", exponent_bits, 2, 10), _bits("mantissa_bits", mantissa_bits, 1)
     return wide, fine, chosen("specials", specials, SPECIALS)
 
 
@@ -112,9 +114,9 @@ def _bias(exponent_bits: int, specials: str) -> int:
     return 2 ** (exponent_bits - 1) - (0 if specials == "fnuz" else 1)
 
 
-def _bits(name: str, bits: Amount, least: int) -> int:
-    """A number of bits that a format may have: at most 32, or the numbers it writes grow beyond all use."""
+def _bits(name: str, bits: Amount, least: int, most: int = 32) -> int:
+    """A number of bits that a format may have; more, and the numbers it writes grow beyond all use."""
     count = whole(name, bits, least)
-    if count > 32:
-        raise ConfigError(f"{name} must be at most 32, not {count}; give bits, not bytes or values")
+    if count > most:
+        raise ConfigError(f"{name} must be at most {most}, not {count}; give bits, not bytes or values")
     return count

@@ -4,16 +4,17 @@ A kernel with more FLOPs per byte than the chip's FLOP/s per byte/s is bound by 
 """
 
 from collections import Counter
-from math import exp
+from collections.abc import Iterable
+from math import exp, inf
 
 from minivllm.course.calculators.accelerators import Accelerator, accelerator
 from minivllm.course.calculators.attention_shape import AttentionShape, attention_shape
-from minivllm.course.calculators.checks import at_least, positive, share, whole
-from minivllm.course.calculators.kv_bytes import Dtype, bits_of
+from minivllm.course.calculators.checks import LARGEST, at_least, positive, share, whole
+from minivllm.course.calculators.kv_bytes import Dtype, bits_of, size_of
 from minivllm.course.calculators.model_fields import Config
 from minivllm.course.calculators.units import plain, shown
-from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
-from minivllm.errors import ConfigError, ModelError
+from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, scalar, work
+from minivllm.errors import ConfigError, ModelError, short
 
 Chip = str | Accelerator
 
@@ -40,7 +41,7 @@ def critical_batch(
     """
     ridge, size = ridge_point(chip, compute_dtype), bits_of(weight_dtype) / 8
     spread = at_least("experts_per_used", experts_per_used, 1)
-    formula = f"{plain(float(ridge))} × {plain(size)} bytes / 2 FLOPs" + (f" × {plain(spread)}" if spread > 1 else "")
+    formula = f"{plain(float(ridge))} × {size_of(8 * size)} / 2 FLOPs" + (f" × {plain(spread)}" if spread > 1 else "")
     return work("critical batch", formula, float(ridge) * size / 2 * spread, "tokens", ridge)
 
 
@@ -160,11 +161,41 @@ def merge_softmax(*partials: tuple[float, float, float]) -> Worked:
     """
     if not partials:
         raise ConfigError("no partial results were given; give at least one (max, sum, output)")
-    top = max(m for m, _, _ in partials)
-    total = sum(part * exp(m - top) for m, part, _ in partials)
-    output = sum(o * exp(m - top) for m, _, o in partials) / positive("sum of exponentials", total)
-    scales = [plain(exp(m - top)) for m, _, _ in partials]
-    sums = " + ".join(f"{plain(part)} × {scale}" for (_, part, _), scale in zip(partials, scales, strict=True))
-    outputs = " + ".join(f"{plain(o)} × {scale}" for (_, _, o), scale in zip(partials, scales, strict=True))
+    given = [_partial(i, partial) for i, partial in enumerate(partials)]
+    top = max(m for m, _, _ in given)
+    total = sum(part * exp(m - top) for m, part, _ in given)
+    output = sum(o * exp(m - top) for m, _, o in given) / positive("sum of exponentials", total)
+    scales = [plain(exp(m - top)) for m, _, _ in given]
+    sums = " + ".join(f"{plain(part)} × {scale}" for (_, part, _), scale in zip(given, scales, strict=True))
+    outputs = " + ".join(f"{plain(o)} × {scale}" for (_, _, o), scale in zip(given, scales, strict=True))
     length = work("sum", f"{sums}, each scaled by e^(m − {plain(top)})", total, "")
     return work("merged output", f"({outputs}) / {plain(total)}", output, "", length)
+
+
+def splits_to_fill(num_requests: Amounts, num_kv_heads: Amount, num_processors: Amount) -> Worked:
+    """Parts of each context that keep a chip busy in decode: ceil(SMs / (B x H_kv)), with the programs in parts."""
+    heads, processors = whole("num_kv_heads", num_kv_heads), whole("num_processors", num_processors)
+
+    def of_batch(requests: Amount) -> Worked:
+        batch = whole("num_requests", requests)
+        splits = -(-processors // (batch * heads))
+        programs = work("programs", f"{batch} × {heads} × {splits}", batch * heads * splits, "programs")
+        formula = f"⌈{processors} / ({batch} requests × {heads} KV heads)⌉"
+        return work("splits of each context", formula, splits, "splits", programs=programs)
+
+    return for_each(num_requests, of_batch)
+
+
+def _partial(index: int, partial: object) -> tuple[float, float, float]:
+    """One (max, sum, output); the max of no keys at all is minus infinity."""
+    numbers = list(partial) if isinstance(partial, Iterable) else []
+    if len(numbers) != 3:
+        raise ConfigError(
+            f"partials[{index}] must be three numbers, (max, sum, output), an argument of its own, not {short(partial)}"
+        )
+    top = float(scalar(numbers[0]))
+    if top != -inf:
+        at_least(f"partials[{index}]: max", top, -LARGEST)
+    rest = [float(at_least(f"partials[{index}]: {name}", number, -LARGEST))
+            for name, number in zip(("sum", "output"), numbers[1:], strict=True)]  # fmt: skip
+    return top, rest[0], rest[1]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from minivllm.course.calculators.checks import at_least, distribution, listed, share, whole
-from minivllm.course.calculators.units import plain
+from minivllm.course.calculators.units import listing, plain, shown
 from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
 from minivllm.errors import ConfigError
 
-MAX_GAMMA = 100
+MAX_GAMMA = 100_000
 
 
 def expected_tokens(alpha: Amounts, gamma: Amount) -> Worked:
@@ -54,9 +54,12 @@ def best_gamma(alpha: Amount, cost: Amount) -> Worked:
     accepted, price = share("alpha", alpha, can_be_one=False), at_least("cost", cost)
     if not price:
         raise ConfigError("a drafter that costs nothing should draft without end; give a cost above 0")
-    gains = [_tokens(accepted, drafted) / (drafted * price + 1) for drafted in range(MAX_GAMMA + 1)]
-    best = max(range(MAX_GAMMA + 1), key=gains.__getitem__)
-    near = ", ".join(f"γ={g}: {gains[g]:.3f}×" for g in range(max(best - 1, 0), best + 2) if g <= MAX_GAMMA)
+    best = 0
+    while _gain(accepted, best + 1, price) > _gain(accepted, best, price):  # it rises to one peak and falls
+        best += 1
+        if best == MAX_GAMMA:
+            raise ConfigError(f"with cost {plain(price)} even {MAX_GAMMA:,} drafts are too few; give a higher cost")
+    near = ", ".join(f"γ={g}: {_gain(accepted, g, price):.3f}×" for g in range(max(best - 1, 0), best + 2))
     return work("best γ", f"largest of {near}", best, "drafts", speedup=speedup(accepted, best, price))
 
 
@@ -85,7 +88,7 @@ def operations_factor(alpha: Amount, gamma: Amount, cost: Amount = 0) -> Worked:
 def acceptance(target: Sequence[float], drafter: Sequence[float]) -> Worked:
     """alpha of two distributions: sum of min(p, q) = 1 - total variation, theorem 3.5."""
     p, q = _pair(target, drafter)
-    formula = " + ".join(f"min({plain(a)}, {plain(b)})" for a, b in zip(p, q, strict=True))
+    formula = listing((f"min({plain(a)}, {plain(b)})" for a, b in zip(p, q, strict=True)), " + ")
     return work("acceptance", formula, sum(map(min, p, q)), "")
 
 
@@ -94,7 +97,7 @@ def lenient_acceptance(target: Sequence[float], drafter: Sequence[float], lenien
     p, q = _pair(target, drafter)
     factor = share("lenience", lenience, can_be_zero=False)
     value = sum(min(a / factor, b) for a, b in zip(p, q, strict=True))
-    formula = " + ".join(f"min({plain(a)}/{plain(factor)}, {plain(b)})" for a, b in zip(p, q, strict=True))
+    formula = listing((f"min({plain(a)}/{plain(factor)}, {plain(b)})" for a, b in zip(p, q, strict=True)), " + ")
     return work("lenient acceptance", formula, value, "")
 
 
@@ -107,7 +110,7 @@ def residual(target: Sequence[float], drafter: Sequence[float]) -> Worked:
         raise ConfigError("target and drafter are equal: every draft is accepted and nothing is left to draw from")
     values = tuple(round(value / total, 12) for value in left)
     formula = "max(p − q, 0) / " + plain(total)
-    return Worked(values, "", (f"residual = {formula} = ({', '.join(plain(v) for v in values)})",))
+    return Worked(values, "", (f"residual = {formula} = {shown(values)}",))
 
 
 def output_distribution(target: Sequence[float], drafter: Sequence[float]) -> Worked:
@@ -118,7 +121,7 @@ def output_distribution(target: Sequence[float], drafter: Sequence[float]) -> Wo
     rest = residual(p, q).value if rejected > 1e-12 else (0.0,) * len(p)
     assert isinstance(rest, tuple)
     values = tuple(round(k + rejected * r, 12) for k, r in zip(kept, rest, strict=True))
-    line = f"output = min(p, q) + {plain(rejected)} × residual = ({', '.join(plain(v) for v in values)})"
+    line = f"output = min(p, q) + {plain(rejected)} × residual = {shown(values)}"
     return Worked(values, "", (line,))
 
 
@@ -146,7 +149,7 @@ def tokens_per_round_from_shares(position_shares: Sequence[Amount]) -> Worked:
     ]
     if any(later > before for before, later in pairwise(shares)):
         raise ConfigError("shares by position must not rise: a draft is accepted only where all before it were")
-    return work("tokens per round", "1 + " + " + ".join(map(plain, shares)), 1 + sum(shares), "tokens")
+    return work("tokens per round", " + ".join(["1", *map(plain, shares)]), 1 + sum(shares), "tokens")
 
 
 def tree_tokens_per_round(accepted_shares_by_depth: Sequence[Sequence[Amount]]) -> Worked:
@@ -188,6 +191,10 @@ def blocks_freed(num_tokens: Amount, num_rejected: Amount, block_size: Amount = 
 
 def _tokens(alpha: float, gamma: int) -> float:
     return (1 - alpha ** (gamma + 1)) / (1 - alpha) if alpha < 1 else gamma + 1.0
+
+
+def _gain(alpha: float, gamma: int, cost: float) -> float:
+    return _tokens(alpha, gamma) / (gamma * cost + 1)
 
 
 def _pair(target: Sequence[float], drafter: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,7 +8,8 @@ from minivllm.course.calculators.accelerators import accelerator
 from minivllm.course.calculators.checks import at_least, positive, share, whole
 from minivllm.course.calculators.roofline import Chip
 from minivllm.course.calculators.units import plain, shown
-from minivllm.course.calculators.worked import Amount, Amounts, Worked, for_each, work
+from minivllm.course.calculators.worked import Amount, Amounts, Worked, as_worked, for_each, work
+from minivllm.errors import ConfigError
 
 
 def read_ms(num_bytes: Amount, chip: Chip, num_chips: Amount = 1) -> Worked:
@@ -18,7 +19,7 @@ def read_ms(num_bytes: Amount, chip: Chip, num_chips: Amount = 1) -> Worked:
 
 def compute_ms(flops: Amount, chip: Chip, num_chips: Amount = 1, dtype: str = "bf16", efficiency: Amount = 1) -> Worked:
     """Time to do so many FLOPs at a share of the chips' rate (the MFU)."""
-    text = f"{plain(at_least('flops', flops))} FLOP"
+    text = shown(at_least("flops", flops), "FLOP")
     return _compute("time to compute", text, flops, chip, num_chips, dtype, efficiency)
 
 
@@ -53,10 +54,14 @@ def decode_step_ms(
         weight_read = _read("weight read", f"{plain(weights)} B", weights, chip, num_chips)
         text = f"2 × {size} × {plain(count)} FLOP"
         matmul = _compute("products", text, 2 * size * count, chip, num_chips, compute_dtype)
+        kv_read, weight_read, matmul = (p if p else as_worked(0.0, "ms") for p in (kv_read, weight_read, matmul))
         value = float(kv_read) + max(float(weight_read), float(matmul))
-        formula = (
-            f"KV {plain(float(kv_read))} + max(weights {plain(float(weight_read))}, products {plain(float(matmul))})"
-        )
+        if not value:
+            raise ConfigError("a step that reads and computes nothing takes no time; give weight_bytes above 0")
+        longer = f"weights {plain(float(weight_read))}"
+        if count:
+            longer = f"max({longer}, products {plain(float(matmul))})"
+        formula = f"KV {plain(float(kv_read))} + {longer}" if kv else longer
         rate = work("tokens per second", f"{size} / {plain(value)} ms", 1e3 * size / value, "tokens/s")
         return work(f"step of batch {size}", formula, value, "ms", *given, kv_read, weight_read, matmul,
                     weight_read=weight_read, kv_read=kv_read, matmul=matmul, tokens_per_s=rate)  # fmt: skip

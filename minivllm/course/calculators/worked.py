@@ -4,7 +4,7 @@ Invariant: every line ends with the value it derives. A result may be given wher
 come first in the derivation of what follows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import total_ordering
 from numbers import Integral, Real
@@ -49,8 +49,13 @@ class Worked:
     def __format__(self, spec: str) -> str:
         return format(self._scalar(), spec) if spec else str(self)
 
-    def __round__(self, num_digits: int = 0) -> float:
-        return round(float(self), num_digits)
+    def __index__(self) -> int:
+        if not isinstance(self._scalar(), int):
+            raise ConfigError(f"{shown(self.value, self.unit)} is no whole number; round it first")
+        return int(self._scalar())
+
+    def __round__(self, num_digits: int | None = None) -> Number:
+        return round(self._scalar(), num_digits)
 
     def __iter__(self) -> Iterator[Number]:
         return iter(self._values())
@@ -59,7 +64,10 @@ class Worked:
         return len(self._values())
 
     def __getitem__(self, index: int) -> Number:
-        return self._values()[index]
+        values = self._values()
+        if isinstance(index, int) and not -len(values) <= index < len(values):
+            raise ConfigError(f"this result holds {len(values)} values, counted from 0; there is no number {index}")
+        return values[index]
 
     def __eq__(self, other: object) -> bool:
         return bool(self.value == (other.value if isinstance(other, Worked) else other))
@@ -85,7 +93,12 @@ class Worked:
     def __floordiv__(self, other: "Worked | Number") -> "Worked":
         return self._with("//", other, self._scalar() // self._divisor(other), over_unit(self.unit, unit_of(other)))
 
-    __radd__ = __add__
+    def __mod__(self, other: "Worked | Number") -> "Worked":
+        return self._with("mod", other, self._scalar() % self._divisor(other), self.unit)
+
+    def __radd__(self, other: Number) -> "Worked":
+        return self if other == 0 else self + other  # sum() begins with a bare 0
+
     __rmul__ = __mul__
 
     def __rsub__(self, other: Number) -> "Worked":
@@ -94,7 +107,12 @@ class Worked:
     def __rtruediv__(self, other: Number) -> "Worked":
         return as_worked(other) / self
 
+    def __rfloordiv__(self, other: Number) -> "Worked":
+        return as_worked(other) // self
+
     def _with(self, sign: str, other: "Worked | Number", value: Number, unit: str) -> "Worked":
+        if not abs(value) <= 1e300:  # NaN too
+            raise ConfigError(f"{_brief(self)} {sign} {_brief(other)} is no finite number")
         line = f"{_brief(self)} {sign} {_brief(other)} = {shown(value, unit)}"
         return Worked(value, unit, (*lines_of(self, other), line))
 
@@ -140,6 +158,8 @@ def for_each(values: Amounts, calculate: Callable[[Amount], Worked]) -> Worked:
         values = values.value
     if isinstance(values, int | float | Worked | str) or not isinstance(values, Iterable):
         return calculate(values)  # what is no number at all, the calculator's own check refuses
+    if isinstance(values, bytes | Mapping | Set) or getattr(values, "shape", None) == ():  # an array of no dimension
+        raise ConfigError(f"a number is needed, or a list of them in order, not {short(values)}")
     results = [calculate(value) for value in values]
     if not results:
         raise ConfigError("an empty list was given; give at least one number")
