@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from minivllm.config_parts import Json, MlaConfig, MoeConfig, RopeConfig, integer, number
+from minivllm.config_parts import Json, MlaConfig, MoeConfig, RopeConfig, integer, number, require_at_least
 from minivllm.errors import ConfigError, ModelError
 
 __all__ = ["DTYPES", "DTYPE_BYTES", "MlaConfig", "ModelConfig", "MoeConfig", "RopeConfig", "require_integers"]
@@ -50,9 +50,8 @@ class ModelConfig:
     batch_invariant: bool = False  # a token's bits depend on no other token of the batch; CPU only, about 2x slower
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        require_at_least(self, 1, *sizes)
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"config.json: {self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads; "
@@ -140,7 +139,7 @@ class ModelConfig:
         """Normalise a Hugging Face config.json; names that differ between families meet here and nowhere else."""
         architectures = config.get("architectures") or []
         name = architectures[0] if isinstance(architectures, list | tuple) and architectures else "none"
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise ModelError(f"architecture '{name}' is not supported; supported: {', '.join(ARCHITECTURES)}")
         family = ARCHITECTURES[name]
         if config.get("hidden_act", "silu") != "silu":
@@ -182,15 +181,21 @@ def _windows(config: Json, family: str, num_layers: int) -> tuple[int | None, ..
     """Sliding windows by layer, as `layer_types` names them; else every layer of Mistral, the last ones of Qwen."""
     window, kinds = config.get("sliding_window"), config.get("layer_types")
     known = ("full_attention", "sliding_attention")
-    for layer, kind in enumerate(kinds if isinstance(kinds, list | tuple) else ()):
+    if kinds is not None and (not isinstance(kinds, list | tuple) or not kinds):
+        raise ModelError(f"config.json: layer_types must be a list with the kind of each layer, not {kinds!r}")
+    for layer, kind in enumerate(kinds or ()):
         if kind not in known:
             raise ModelError(f"config.json: layer {layer} has attention of the kind {kind!r}; use {' or '.join(known)}")
-    if window is None or (family != "mistral" and not config.get("use_sliding_window")):
+    if family != "mistral" and not config.get("use_sliding_window"):
+        return ()
+    if window is None and "sliding_attention" in (kinds or ()):
+        raise ModelError("config.json: layer_types has sliding_attention, but sliding_window does not say how wide")
+    if window is None:
         return ()
     window = integer(config, "sliding_window")
     if window < 1:
         raise ModelError(f"config.json: sliding_window must be at least 1 token or null, not {window}")
-    if isinstance(kinds, list | tuple):
+    if kinds is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = 0 if family == "mistral" else integer(config, "max_window_layers", 0)
     return tuple(window if layer >= first else None for layer in range(num_layers))
@@ -199,7 +204,8 @@ def _windows(config: Json, family: str, num_layers: int) -> tuple[int | None, ..
 def _token_ids(value: object) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(int(str(v)) for v in value) if isinstance(value, list | tuple) else (int(str(value)),)
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(integer({"eos_token_id": each}, "eos_token_id") for each in values)
 
 
 def _dtype_name(config: Json) -> str:

@@ -71,6 +71,8 @@ class RopeConfig:
         scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(scaling, Mapping):
             raise ModelError(f"config.json: rope_parameters must be an object, not {scaling!r}")
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            raise ModelError("config.json: rope_parameters that differ between kinds of layers are not supported")
         merged = {**config, **{name: value for name, value in scaling.items() if value is not None}}
         if number(merged, "partial_rotary_factor", 1.0) != 1.0:
             raise ModelError("config.json: partial_rotary_factor other than 1.0 is not supported")
@@ -92,6 +94,32 @@ class RopeConfig:
         )
 
 
+# Our names and those of config.json, which users know from their files.
+KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "nope_head_size": "qk_nope_head_dim",
+    "rope_head_size": "qk_rope_head_dim",
+    "v_head_size": "v_head_dim",
+    "num_experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "num_dense_layers": "first_k_dense_replace",
+    "layer_frequency": "moe_layer_freq",
+    "num_groups": "n_group",
+}
+
+
+def require_at_least(config: object, least: int, *names: str) -> None:
+    """Refuse fields of a config that are smaller. Raises ModelError, which names them as config.json does."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ModelError(
+                f"config.json: {KEYS.get(name, name)} must be at least {least}, not {getattr(config, name)}"
+            )
+
+
 @dataclass(frozen=True)
 class MlaConfig:
     """Multi-head latent attention (DeepSeek-V2, section 2.1): the cache holds one latent and one rope key per token."""
@@ -104,11 +132,7 @@ class MlaConfig:
     interleaved_rope: bool = True  # pairs are (0, 1), (2, 3) ... in the checkpoint; else (i, i + size / 2)
 
     def __post_init__(self) -> None:
-        for name in ("kv_lora_rank", "nope_head_size", "rope_head_size", "v_head_size"):
-            if getattr(self, name) < 1:
-                raise ModelError(
-                    f"config.json: {name} of latent attention must be at least 1, not {getattr(self, name)}"
-                )
+        require_at_least(self, 1, "kv_lora_rank", "nope_head_size", "rope_head_size", "v_head_size")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ModelError(f"config.json: q_lora_rank must be at least 1, or null for none, not {self.q_lora_rank}")
         if self.rope_head_size % 2:
@@ -156,12 +180,10 @@ class MoeConfig:
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
             raise ModelError(f"config.json: topk_method '{self.routing}' is unknown; there are {', '.join(ROUTINGS)}")
-        for name in ("num_experts", "experts_per_token", "intermediate_size", "num_groups", "layer_frequency"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"config.json: {name} of the experts must be at least 1, not {getattr(self, name)}")
-        for name in ("num_shared_experts", "num_dense_layers"):
-            if getattr(self, name) < 0:
-                raise ModelError(f"config.json: {name} must be at least 0, not {getattr(self, name)}")
+        if self.intermediate_size < 1:
+            raise ModelError(f"config.json: moe_intermediate_size must be at least 1, not {self.intermediate_size}")
+        require_at_least(self, 1, "num_experts", "experts_per_token", "num_groups", "layer_frequency")
+        require_at_least(self, 0, "num_shared_experts", "num_dense_layers")
         if self.num_experts % self.num_groups:
             raise ModelError(f"config.json: {self.num_experts} experts do not divide into n_group={self.num_groups}")
         if not 1 <= self.groups_per_token <= self.num_groups:
@@ -230,14 +252,17 @@ def integer(config: Json, name: str, default: int | None = None) -> int:
 
 
 def number(config: Json, name: str, default: float | None = None) -> float:
-    """A number of a config.json; null is as good as missing. Raises ModelError as `integer` does."""
+    """A finite number of a config.json; null is as good as missing. Raises ModelError as `integer` does."""
     value = config.get(name)
     if value is None:
         value = default
     try:
-        return float(str(value))
+        found = float(str(value))
     except ValueError as error:
         raise ModelError(f"config.json: {name} must be a number, not {value!r}") from error
+    if not math.isfinite(found):
+        raise ModelError(f"config.json: {name} must be a finite number, not {value!r}")
+    return found
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minivllm.config import DTYPE_BYTES, DTYPES, ModelConfig
 from minivllm.engine_config import WHOLE_PROMPTS, EngineConfig, Policies, capacity_tokens
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, ModelError
 from minivllm.layer_groups import LayerGroups, group_layers, one_group
 from minivllm.outputs import Tokenizer
 from minivllm.runner.device import GIB, available_memory, choose_dtype, default_kv_cache_memory
@@ -16,6 +16,7 @@ from minivllm.runner.kv_storage import block_bytes, blocks_in
 from minivllm.weights import ModelSource
 
 DEFAULT_BUDGET = 2048  # tokens a step may compute
+GROUPED_BUDGET = 512  # the same, where groups of layers with a window hold a whole chunk beside the window
 
 
 def refuse_unknown(options: Mapping[str, object], function: Callable[..., None]) -> None:
@@ -62,7 +63,7 @@ def engine_config(
     if num_bytes > available_memory():
         gib = f"{num_bytes / GIB:.1f} GiB, and {available_memory() / GIB:.1f} GiB are free"
         raise ConfigError(f"num_host_blocks={num_host_blocks} would take {gib}: give fewer")
-    chosen["max_num_batched_tokens"] = step_budget(policies, max_model_len)
+    chosen["max_num_batched_tokens"] = step_budget(policies, groups, max_model_len)
     chosen["group_windows"] = groups.windows
     chosen |= {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
     return EngineConfig(**chosen, eos_token_ids=model.eos_token_ids)  # type: ignore[arg-type]
@@ -89,8 +90,18 @@ def read_model_config(source: ModelSource, dtype: str, device: str, batch_invari
     config = {**source.config, "dtype": choose_dtype(device) if dtype == "auto" else dtype}
     generation = (source.folder or Path()) / "generation_config.json"
     if source.folder and generation.is_file():  # Llama 3 lists its ends of turn only there
-        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
+        config["eos_token_id"] = _read_generation(generation).get("eos_token_id", config.get("eos_token_id"))
     return replace(ModelConfig.from_json(config), batch_invariant=batch_invariant)
+
+
+def _read_generation(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read '{path}' as JSON: download it again, or remove it") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"'{path}' is not a JSON object: download it again, or remove it")
+    return content
 
 
 def pool_size(
@@ -124,20 +135,26 @@ def longest_request(
     config: ModelConfig, policies: Policies, groups: LayerGroups, asked: int | None, num_blocks: int, block_size: int
 ) -> int:
     """max_model_len: what was asked for, else what the pool and the model's positions allow."""
-    budget = step_budget(policies, config.max_position)
+    budget = step_budget(policies, groups, config.max_position)
     fits = capacity_tokens(num_blocks - 1, block_size, groups.windows, budget if isinstance(budget, int) else 1)
     if asked is not None and asked > config.max_position:
         raise ConfigError(f"max_model_len {asked} is beyond the model's {config.max_position} positions; lower it")
+    if asked is None and fits < 2:
+        raise ConfigError(
+            f"a KV pool of {num_blocks - 1} blocks of {block_size} tokens holds no request, which has 2 tokens at "
+            f"least in each group of layers ({len(groups.windows)}): raise num_blocks or kv_cache_memory"
+        )
     return min(fits, config.max_position) if asked is None else asked
 
 
-def step_budget(policies: Policies, max_model_len: int) -> int:
+def step_budget(policies: Policies, groups: LayerGroups, max_model_len: int) -> int:
     """max_num_batched_tokens: as asked; without chunks, by default, the longest prompt fits in one step."""
     asked = policies.get("max_num_batched_tokens")
     if asked is not None:
         return asked
     is_chunked = policies.get("enable_chunked_prefill", True) and policies.get("batching") not in WHOLE_PROMPTS
-    return DEFAULT_BUDGET if is_chunked else max(DEFAULT_BUDGET, max_model_len)
+    default = DEFAULT_BUDGET if len(groups.windows) == 1 else GROUPED_BUDGET
+    return default if is_chunked else max(default, max_model_len)
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer | None:

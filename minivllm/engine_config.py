@@ -82,9 +82,12 @@ class EngineConfig:
                 f"({self.max_num_batched_tokens}) to max_model_len ({self.max_model_len}) or lower max_model_len"
             )
         if self.capacity_tokens < self.max_model_len:
+            way_out = f"raise kv_cache_memory or lower max_model_len to {self.capacity_tokens}"
+            if len(self.group_windows) > 1:
+                way_out += f", or lower max_num_batched_tokens ({self.max_num_batched_tokens})"
             raise ConfigError(
                 f"the KV pool holds {self.capacity_tokens} tokens, less than one request of max_model_len "
-                f"{self.max_model_len}: raise kv_cache_memory or lower max_model_len to {self.capacity_tokens}"
+                f"{self.max_model_len}: {way_out}"
             )
         self._check_combinations()
 

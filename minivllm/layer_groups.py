@@ -28,10 +28,17 @@ class LayerGroups:
     def num_rows(self) -> int:
         return 1 + max(row for _, row in self.places)
 
+    @property
+    def layers(self) -> list[list[int]]:
+        """By group, its layers in the order of their rows."""
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        return [[layer for layer in order if self.places[layer][0] == group] for group in range(len(self.windows))]
+
 
 def group_layers(num_layers: int, windows: Windows) -> LayerGroups:
-    """Groups for layers with these windows (none at all where every layer sees all tokens); the first sees all.
+    """Groups for layers with these windows; `windows` is empty where every layer sees all tokens.
 
+    Where layers of both kinds stand together, the first group sees all:
     group_layers(3, (9, None, 9)).places == ((1, 0), (0, 0), (2, 0)).
     """
     windows = windows or (None,) * num_layers

@@ -219,7 +219,8 @@ class LLM:
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
             "kv_bytes_per_token": block_bytes(model, 1, self.storage.groups),  # of one group
-            "num_layers": self.storage.groups.num_rows,
+            "num_layers": self.storage.groups.num_rows,  # that a block serves
+            "layer_groups": self.storage.groups.layers,
             "num_kv_heads": model.cache_entry[1],
             "head_size": model.cache_entry[2],
             **{name: getattr(config, name) for name in (*LIMITS, *CHOICES)},

@@ -604,3 +604,12 @@ def test_half_a_character_in_a_chat_gets_one_line() -> None:
     llm = LLM("smollm2-135m", num_blocks=20)
     with pytest.raises(RequestError, match="half a surrogate pair"):
         llm.chat([{"role": "user", "content": "\ud800"}], use_tqdm=False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_broken_generation_config_is_one_line(reference_model: Build, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text((reference_model("llama-gqa")[0] / "config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"generation_config.json' .*: download it again, or remove it$") as caught:
+        tiny(tmp_path, load_format="dummy")
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import chain
 from random import Random
 
 import pytest
@@ -90,13 +91,14 @@ class Witness:
     def _look(self, plan: StepPlan) -> None:
         size, kv = self.engine.config.block_size, self.engine.kv
         num_new, running = dict(plan.scheduled), list(self.engine.scheduler.running)
-        held = {id_ for r in running for id_ in (*r.block_ids, *r.reserved_ids)}
+        held = {id_ for r in running for id_ in (*chain(*(t.block_ids for t in r.tables)), *r.reserved_ids)}
         held.update(id_ for ids in self.engine.pins.blocks_of_ids().values() for id_ in ids)
         live = {
-            slot_of(position, request.block_ids, size)
+            slot_of(position, table.block_ids, size)
             for request in running
+            for table in request.tables
             for position in range(request.num_computed + num_new.get(request, 0))
-            if request.block_ids[position // size] != NULL_BLOCK
+            if table.block_ids[position // size] != NULL_BLOCK
         }
         live |= {id_ * size + i for id_ in held if kv.pool.blocks[id_].entry is not None for i in range(size)}
         assert live <= self.runner.contents.keys()
@@ -126,7 +128,14 @@ def random_options(random: Random) -> dict[str, object]:
     if random.random() < 0.5:
         options |= {"preemption_mode": "swap", "num_host_blocks": random.choice((4, 40))}
     if random.random() < 0.3:
-        options |= {"group_windows": (random.choice((2, 5, 9)),), "prefix_cache": "hash", "eviction_policy": "lru"}
+        windows = random.choice(((2,), (5,), (9,), (None, 3), (None, 5, 5)))
+        windows = windows if allocator == "paged" else windows[-1:]
+        options |= {
+            "group_windows": windows,
+            "num_blocks": num_blocks * len(windows),
+            "prefix_cache": "hash",
+            "eviction_policy": "lru",
+        }
     return options
 
 
@@ -175,7 +184,7 @@ def test_parts_are_what_a_witness_counts_and_sum_to_the_pool(seed: int) -> None:
     assert len(uses) == len(expected)
     for use, row in zip(uses, expected, strict=True):
         assert min(parts(use).values()) >= 0
-        assert use.num_slots == engine.config.capacity_tokens
+        assert use.num_slots == (engine.config.num_blocks - 1) * engine.config.block_size
         assert (use.live, use.reserved, use.internal) == (row["live"], row["reserved"], row["internal"])
         assert use.external == row["rounded"] + (row["free"] if use.is_short else 0)
         assert use.cached == (0 if use.is_short else row["cached"])

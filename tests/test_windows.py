@@ -9,15 +9,17 @@ import torch
 from transformers import PreTrainedModel
 
 from minivllm import LLM, SamplingParams
+from minivllm.config import ModelConfig
 from minivllm.engine.block_pool import NULL_BLOCK
 from minivllm.engine_config import EngineConfig, capacity_tokens, most_blocks
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, ModelError
 from minivllm.events import BlocksDropped, Preempted, PrefixHit
 from minivllm.lab.fake_runner import fake_engine, fake_request
 from minivllm.lab.invariants import check_drained, check_invariants
 from minivllm.layer_groups import group_layers
 from minivllm.request import Request
 from minivllm.runner.kv_storage import block_bytes
+from minivllm.weights import builtin_configs
 
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
 WINDOW = 9  # of the mistral in conftest.py
@@ -120,6 +122,8 @@ def test_gemma_3_1b_has_one_global_group_and_six_local_ones() -> None:
     assert groups.windows == (None, *[512] * 6)
     assert groups.num_rows == 4
     assert len(set(groups.places)) == 26
+    assert groups.layers[0] == [5, 11, 17, 23] and groups.layers[6] == [24, 25]
+    assert sorted(layer for layers in groups.layers for layer in layers) == list(range(26))
 
 
 @pytest.mark.parametrize("windows", [(None, 5), (None, 3, 8), (None, 1, None)])
@@ -258,3 +262,28 @@ def test_windows_that_cannot_be_are_refused_in_one_line(options: dict[str, Any],
     with pytest.raises(ConfigError, match=text) as caught:
         EngineConfig(num_blocks=200, max_model_len=64, **options)
     assert "\n" not in str(caught.value)
+
+
+HYBRID = {**builtin_configs()["tiny-hybrid"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"sliding_window": None}, "layer_types has sliding_attention, but sliding_window does not say how wide"),
+        ({"layer_types": "sliding_attention"}, "layer_types must be a list with the kind of each layer"),
+        ({"layer_types": []}, "layer_types must be a list with the kind of each layer, not ..$"),
+        ({"layer_types": ["sliding_attention"] * 11}, "layer_types names 11 layers, the model has 12"),
+        ({"layer_types": ["chunked_attention"] * 12}, "layer 0 has attention of the kind 'chunked_attention'"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1 token or null, not 0"),
+    ],
+)
+def test_layer_types_that_cannot_be_are_one_line(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(ModelError, match=line) as caught:
+        ModelConfig.from_json(HYBRID | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_pool_too_small_for_all_groups_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"pool of 5 blocks of 1 tokens holds .* each group of layers .6.: raise"):
+        LLM("tiny-hybrid", load_format="dummy", block_size=1, num_blocks=6)

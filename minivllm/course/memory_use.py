@@ -53,7 +53,7 @@ class MemoryUse:
     external: int
     cached: int
     empty: int
-    bytes_per_slot: int  # K and V of one token, all layers
+    bytes_per_slot: int  # K and V of one token, in all layers that a block serves
     is_short: bool  # the next request waited for blocks
 
     @property

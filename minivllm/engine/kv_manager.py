@@ -118,7 +118,7 @@ class KVManager:
         return True
 
     def fork(self, parent: Request, child: Request) -> bool:
-        """Give `child`, whose tokens start as the parent's do, the parent's table; False when there is no room.
+        """Give `child`, whose tokens start as the parent's do, the parent's tables; False when there is no room.
 
         Every block is shared, the partial tail too: it is copied by the first to write to it, and never if its other
         owners have gone. A contiguous allocator cannot share: it copies all, at once.
