@@ -206,10 +206,11 @@ def test_equal_under_pressure(reference_model: Build, pressure: str) -> None:
 def test_equal_with_sliding_windows(reference_model: Build, family: str, block_size: int) -> None:
     folder, model = reference_model(family)
     params = BeamSearchParams(5, 30, length_penalty=0.5, early_stopping="never")
-    llm = engine(folder, block_size=block_size, num_blocks=1 + 80 // block_size)
+    num_slots = 80 if family == "mistral" else 200  # three groups of layers, each with a table
+    llm = engine(folder, block_size=block_size, num_blocks=1 + num_slots // block_size)
     events = watched(llm)
     assert_equal(llm.beam_search(PROMPTS, params), [reference(model, prompt, params, ()) for prompt in PROMPTS])
-    assert any(isinstance(event, BlocksDropped if family == "mistral" else Preempted) for event in events)
+    assert any(isinstance(event, BlocksDropped) for event in events)
     check_drained(llm.engine)
 
 
