@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("convert", "Write a Llama model with another attention: MHA, GQA, MQA or MLA.", convert, _add_convert),
         ("bench", "Measure: minivllm bench engine --help, also kernels and policies.", bench, _add_bench),
         ("study", "Try the engine's policies on itself and print what came of it.", study, _add_study),
+        ("quiz", "Flash cards and mock interviews on the course, spaced over time.", quiz, _add_quiz),
         ("doctor", "Say what this machine has, and what to do about each lack.", examine, None),
     ):
         subparser = commands.add_parser(name, help=summary, description=summary)
@@ -233,6 +234,27 @@ def study(options: argparse.Namespace) -> int:
             raise ConfigError(f"study {options.what} takes no --{name}; leave it out")
     print(run(**given))
     return OK
+
+
+def _add_quiz(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group", default="", metavar="LETTERS", help="only these groups, such as A or AC")
+    parser.add_argument("--num", type=int, default=10, help="cards in a round (%(default)s)")
+    parser.add_argument("--due", action="store_true", help="only cards whose time has come")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--mock", type=int, metavar="MINUTES", help="a mock interview of 15, 30 or 45 minutes")
+    instead.add_argument("--stats", action="store_true", help="say what was learned, and which slips recur")
+    instead.add_argument("--anki", type=Path, metavar="FILE", help="write the deck for Anki's File > Import")
+    instead.add_argument("--export", type=Path, metavar="FILE", help="copy the progress to a file")
+    instead.add_argument("--import", type=Path, metavar="FILE", dest="import_from", help="replace it by such a file")
+    instead.add_argument("--delete", action="store_true", help="forget all progress")
+
+
+def quiz(options: argparse.Namespace) -> int:
+    if find_spec("fsrs") is None:
+        raise MiniVLLMError("fsrs is not installed: run `pip install 'minivllm[lab]'`")
+    from minivllm.course.quiz_terminal import run  # the question bank: a tenth of a second
+
+    return run(options)
 
 
 def examine(options: argparse.Namespace) -> int:

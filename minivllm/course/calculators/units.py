@@ -17,7 +17,7 @@ PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"))
 FOUR_DIGITS = Context(prec=4, rounding=ROUND_HALF_UP)  # 1.125 GiB is 1.13, as people round, and not 1.12
 ALL_DIGITS = Context(prec=400, rounding=ROUND_HALF_UP)
 MOST_TERMS = 12
-UNCOUNTED = ("s", "ms", "FLOP", "bit/s", "%")
+UNCOUNTED = ("s", "ms", "µs", "FLOP", "bit/s", "%", "×")
 
 
 def shown(value: int | float | tuple[int | float, ...], unit: str = "") -> str:
