@@ -1,5 +1,9 @@
 """Builds the committed notebooks: `python -m minivllm.course.author build [NAMES]` runs notebooks/NN_name.py.
 
+    new 07 "When can two requests own one block?"   makes notebooks/07_when_can_two_requests.py from the template
+    build [NAMES]                                   runs them, drops what differs between runs, writes the .ipynb
+    check [NAMES]                                   compares each .ipynb with its source
+
 The .py (jupytext percent) is the source; the .ipynb beside it holds the same cells with their outputs, without widget
 state, timings or random ids, so that a second build writes the same bytes. `check` compares sources, running nothing.
 """
@@ -17,6 +21,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from minivllm.course.learner import EXAMPLE
+from minivllm.course.new_notebook import new_notebook
+from minivllm.errors import ConfigError
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -24,15 +32,21 @@ CELL_TIMEOUT_S = 600
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build or check; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m minivllm.course.author", description=__doc__)
-    parser.add_argument("verb", choices=["build", "check"])
-    parser.add_argument("names", nargs="*", help="such as 05_block_table or 05; default: all")
+    """Make, build or check; returns the exit status."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m minivllm.course.author", description=__doc__, formatter_class=raw)
+    parser.add_argument("verb", choices=["new", "build", "check"])
+    parser.add_argument(
+        "names", nargs="*", help="such as 05_block_table or 05; default: all. For new: number and title"
+    )
     parser.add_argument("--folder", type=Path, default=NOTEBOOKS)
     options = parser.parse_args(arguments)
     try:
+        if options.verb == "new":
+            print(f"wrote {new_notebook(options.folder, options.names)}; edit it, then: make notebooks")
+            return 0
         paths = sources(options.folder, options.names)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     work = build if options.verb == "build" else check
@@ -60,7 +74,8 @@ def build(source: Path, label: str) -> bool:
     )  # fmt: skip
     try:
         with tempfile.TemporaryDirectory() as ipython_folder:  # no startup files of the author's own
-            client.execute(env={**os.environ, "IPYTHONDIR": ipython_folder, "PYTHONHASHSEED": "0"})
+            fixed = {"IPYTHONDIR": ipython_folder, "PYTHONHASHSEED": "0", EXAMPLE: "example"}
+            client.execute(env={**os.environ, **fixed})
     except CellExecutionError as error:
         _progress("")
         print(f"{label}: FAILED, nothing written\n{error}", file=sys.stderr)
