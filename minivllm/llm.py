@@ -221,6 +221,8 @@ class LLM:
             "kv_bytes_per_token": block_bytes(model, 1, self.storage.groups),  # of one group
             "num_layers": self.storage.groups.num_rows,  # that a block serves
             "layer_groups": self.storage.groups.layers,
+            "group_windows": config.group_windows,
+            "num_host_blocks": config.num_host_blocks,
             "num_kv_heads": model.cache_entry[1],
             "head_size": model.cache_entry[2],
             **{name: getattr(config, name) for name in (*LIMITS, *CHOICES)},

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from minivllm import LLM, SamplingParams
 from minivllm.config import ModelConfig
 from minivllm.engine.block_pool import NULL_BLOCK
+from minivllm.engine.tables import slot_of
 from minivllm.engine_config import EngineConfig, capacity_tokens, most_blocks
 from minivllm.errors import ConfigError, ModelError
 from minivllm.events import BlocksDropped, Preempted, PrefixHit
@@ -222,6 +223,18 @@ def test_bytes_follow_the_shorter_of_context_and_window(reference_model: Build, 
         most_bytes = (most + num_slack_rows * (LOCAL[family] + 2 * block_size)) * layer_bytes
         assert least <= held * block_bytes(config, block_size, groups) <= most_bytes
     assert llm.storage.data.nbytes == llm.config.num_blocks * block_bytes(config, block_size, groups)
+
+
+def test_a_slot_shows_what_its_group_s_layer_stored(reference_model: Build) -> None:
+    llm = LLM(reference_model("ministral-1to1")[0], dtype="float32", block_size=4, num_blocks=60)
+    request = Request("a", list(range(6)), 6, SamplingParams(max_tokens=9, ignore_eos=True), 9)
+    llm.engine.add(request)
+    llm.engine.step()
+    for layer, (group, row) in enumerate(llm.storage.groups.places):
+        slot = slot_of(5, request.tables[group].block_ids, 4)
+        k, _ = llm.storage.slot(row, slot)
+        assert torch.equal(k, llm.storage.layers[layer].k[slot // 4, slot % 4]) and k.any()
+        assert llm.trace_header()["layer_groups"][group][row] == layer  # type: ignore[index]
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

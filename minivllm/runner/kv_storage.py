@@ -48,8 +48,8 @@ class KVStorage:
         if num_host_blocks and device == "cuda":
             self.host = self.host.pin_memory()  # the device copies from and to it without a detour
         value_size = config.mla.kv_lora_rank if config.mla else size
-        rows = [LayerStorage(k=row[0], v=row[-1, ..., :value_size]) for row in self.data]
-        self.layers = [rows[row] for _, row in self.groups.places]
+        self.rows = [LayerStorage(k=row[0], v=row[-1, ..., :value_size]) for row in self.data]
+        self.layers = [self.rows[row] for _, row in self.groups.places]
 
     @property
     def num_bytes(self) -> int:
@@ -81,10 +81,13 @@ class KVStorage:
         block = (self.host if on_host else self.data)[:, :, block_id]
         block.copy_(torch.frombuffer(bytearray(contents), dtype=block.dtype).view(block.shape))
 
-    def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V stored at a slot, [heads, size] each: views of the cache itself."""
+    def slot(self, row: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V stored at a slot, [heads, size] each: views of the cache itself.
+
+        A row is a layer; of layers in groups, that one of the group whose block it is (`groups.layers[group][row]`).
+        """
         block, offset = divmod(slot, self.block_size)
-        return self.layers[layer].k[block, offset], self.layers[layer].v[block, offset]
+        return self.rows[row].k[block, offset], self.rows[row].v[block, offset]
 
 
 def block_bytes(config: ModelConfig, block_size: int, groups: LayerGroups) -> int:

@@ -37,7 +37,7 @@ class BlockMap(View):
 
     _esm = script("block_map.js")
 
-    def __init__(self, make_source: Callable[[Callable[[], None]], Source]) -> None:
+    def __init__(self, make_source: Callable[[Callable[[], None]], Source[PoolState]]) -> None:
         self._controls = Controls()
         self._pointer: Pointer = lambda state: None
         self._on_block: Callable[[int], None] = lambda block_id: None
@@ -48,21 +48,21 @@ class BlockMap(View):
     def follow(bus: EventBus, header: Mapping[str, object], past: Iterable[Event] = ()) -> "BlockMap":
         """Draw a pool while it works; `past` are events from before, if any blocks are taken already."""
         PoolFold(header)  # refuse a wrong header before there is a widget to take down again
-        return BlockMap(lambda wake: LiveSource(bus, header, past, wake))
+        return BlockMap(lambda wake: LiveSource(PoolFold, bus, header, past, wake))
 
     @staticmethod
     def replay(trace: Trace) -> "BlockMap":
         """Draw a recorded run, at any of its steps."""
         if not isinstance(trace, Trace):
             raise MiniVLLMError(f"BlockMap.replay draws a Trace (Trace.load(path)), not {type(trace).__name__}")
-        source = TraceSource(trace)
+        source = TraceSource(PoolFold, trace)
         return BlockMap(lambda wake: source)
 
     def watch(self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event] = ()) -> None:
         """Turn to another engine: a new one, of another block size."""
         self.source.stop()
         self._controls = Controls()
-        self.source = LiveSource(bus, header, past, self.refresh)
+        self.source = LiveSource(PoolFold, bus, header, past, self.refresh)
         self.refresh()
 
     @property

@@ -41,6 +41,7 @@ class BlockMapPicture(Picture):
     has_text: bool
     block_size: int
     cells: list[Cell]
+    host: list[Cell]  # host blocks 1, 2 ...: on_host, or empty
     owners: list[Owner]
     legend: list[tuple[str, str]]  # (kind, words)
     decisions: list[str]
@@ -62,7 +63,7 @@ def draw(
     provenance: str = "",
 ) -> BlockMapPicture:
     """The pool as plain JSON: sentence, cells, legend, twin. `block` and `offset` are marked."""
-    holders = state.holders
+    owners = state.owners
     columns, width, height = layout(state.num_blocks)
     return {
         "title": title(state),
@@ -75,13 +76,14 @@ def draw(
         "has_text": width >= MIN_TEXT_PX,
         "block_size": state.block_size,
         "cells": _cells(state),
-        "owners": [_owner(request) for request in holders],
+        "host": _host_cells(state),
+        "owners": [_owner(request) for request in owners],
         "legend": _legend(state),
         "decisions": list(state.decisions),
         "detail": "" if block is None else block_sentence(state, state.blocks[block], offset),
         "selected": block,
         "selected_offset": offset,
-        "highlight": highlight if any(r.request_id == highlight for r in holders) else None,
+        "highlight": highlight if any(r.request_id == highlight for r in owners) else None,
         "step": state.step,
         "steps": steps,
         "provenance": provenance,
@@ -100,11 +102,13 @@ def layout(num_blocks: int) -> tuple[int, int, int]:
 def title(state: PoolState) -> str:
     """The state of the pool as one sentence with its numbers."""
     shared = f" ({state.num_shared} shared)" if state.num_shared else ""
+    reserved = f" {state.num_reserved:,} reserved," if state.num_reserved else ""
+    host = f" On the host, {state.num_on_host:,} of {counted(len(state.host), 'block')} wait." if state.host else ""
     usable, slots = counted(state.num_blocks - 1, "block"), counted(state.num_live_slots, "live slot")
     return (
-        f"Step {state.step}: {state.num_live:,} of {usable} live{shared}, {state.num_cached_free:,} free but still"
-        f" cached, {state.num_empty:,} empty; {state.num_wasted_slots:,} of {slots}"
-        " hold nothing yet."
+        f"Step {state.step}: {state.num_live:,} of {usable} live{shared},{reserved} {state.num_cached_free:,} free but"
+        f" still cached, {state.num_empty:,} empty; {state.num_wasted_slots:,} of {slots}"
+        f" hold nothing yet.{host}"
     )
 
 
@@ -118,6 +122,8 @@ def block_sentence(state: PoolState, block: BlockState, offset: int | None = Non
     if block.kind == "cached":
         return f"{name} is free, but its {block.num_filled} tokens stay findable until the block is needed."
     owners = ", ".join(f"{_letter(state, owner)} (request {clipped(owner, 24)})" for owner in block.owners)
+    if block.kind == "reserved":
+        return f"{name} is set aside for {owners}: nobody else can have it, and it holds nothing yet."
     published = " Others may find its contents." if block.is_cached else ""
     return (
         f"{name} is held by {owners}: reference count {block.ref_count}, "
@@ -132,8 +138,11 @@ def text_twin(state: PoolState) -> str:
     lines = [f"{i * TEXT_COLUMNS:>6} {''.join(row)}" for i, row in enumerate(rows[:TEXT_ROWS])]
     if len(rows) > TEXT_ROWS:
         lines.append(f"       and {counted(len(marks) - TEXT_ROWS * TEXT_COLUMNS, 'more block')}")
-    owners = [f"       {_owner(r)['letter']} = {_owner(r)['words']}" for r in state.holders[:TEXT_ROWS]]
+    lines += [f"  host {row}" for row in _host_rows(state)]
+    owners = [f"       {_owner(r)['letter']} = {_owner(r)['words']}" for r in state.owners[:TEXT_ROWS]]
     key = "       capital: full, small: has empty slots, *: shared, ~: free but cached, .: empty, 0: null block"
+    if state.num_reserved:
+        key += ", -: reserved"
     return "\n".join([title(state), *lines, *owners, key])
 
 
@@ -158,17 +167,38 @@ def _cells(state: PoolState) -> list[Cell]:
     ]
 
 
+def _host_cells(state: PoolState) -> list[Cell]:
+    index = {request.request_id: i for i, request in enumerate(state.owners)}
+    size = state.block_size
+    return [Cell("empty", 0, False, []) if owner is None else Cell("on_host", size, False, [index[owner]])
+            for owner in state.host]  # fmt: skip
+
+
+def _host_rows(state: PoolState) -> list[str]:
+    """Host blocks 1, 2 ... as letters, at most one row."""
+    if not state.host:
+        return []
+    marks = "".join(_letter(state, owner)[-1] if owner else "." for owner in state.host[:TEXT_COLUMNS])
+    more = len(state.host) - TEXT_COLUMNS
+    return [f"{marks} and {more:,} more" if more > 0 else marks]
+
+
 def _owner(request: RequestState) -> Owner:
+    held = [counted(len(request.block_ids), "block")]
+    held += [f"{len(request.reserved_ids):,} reserved"] if request.reserved_ids else []
+    held += [f"{len(request.host_ids):,} on the host"] if request.host_ids else []
     return {
         "id": request.request_id,
         "letter": owner_letter(request.ordinal),
         "colour": owner_colour(request.ordinal),
-        "words": f"request {clipped(request.request_id, 24)}: {counted(len(request.block_ids), 'block')}, "
+        "words": f"request {clipped(request.request_id, 24)}: {', '.join(held)}, "
         f"{counted(request.num_computed, 'token')} stored",
     }
 
 
 def _legend(state: PoolState) -> list[tuple[str, str]]:
+    reserved = [("reserved", f"reserved for later ({state.num_reserved:,})")] if state.num_reserved else []
+    host = [("on_host", f"swapped out: waits in host memory ({state.num_on_host:,})")] if state.host else []
     return [
         ("filled", "slots that hold K and V"),
         ("unfilled", f"slots not filled yet ({state.num_wasted_slots:,})"),
@@ -177,12 +207,14 @@ def _legend(state: PoolState) -> list[tuple[str, str]]:
         ("cached", f"free, contents still cached ({state.num_cached_free:,})"),
         ("empty", f"free and empty ({state.num_empty:,})"),
         ("null", "null block, never handed out"),
+        *reserved,
+        *host,
     ]
 
 
 def _mark(state: PoolState, block: BlockState) -> str:
     if block.kind != "live":
-        return {"null": "0", "empty": ".", "cached": "~"}[block.kind]
+        return {"null": "0", "empty": ".", "cached": "~", "reserved": "-"}[block.kind]
     if block.ref_count > 1:
         return "*"
     letter = _letter(state, block.owners[0])[-1]

@@ -18,11 +18,14 @@ def block_map_image(picture: BlockMapPicture) -> Image.Image:
     grid_top = 8 + len(title_lines) * 18
     grid_height = num_rows * picture["cell_height"]
     owners = picture["owners"][:NUM_OWNERS]
+    host_top = grid_top + grid_height
+    grid_height += _host_height(picture)
     num_lines = -(-len(owners) // 2) + -(-len(picture["legend"]) // 2)
     canvas = Canvas(WIDTH_PX + 8, grid_top + grid_height + num_lines * LINE_PX + 16)
     canvas.paragraph(4, 4, picture["title"], WIDTH_PX - 8, 13)
     for index in range(len(picture["cells"])):
         draw_cell(canvas, picture, index, cell_box(picture, index, grid_top))
+    _draw_host(canvas, picture, host_top)
     y = _draw_owners(canvas, owners, grid_top + grid_height + 8)
     _draw_legend(canvas, picture, y)
     return canvas.image
@@ -34,6 +37,25 @@ def cell_box(picture: BlockMapPicture, index: int, top: float) -> Box:
     gap = 2 if picture["cell_width"] >= 16 else 1
     width, height = picture["cell_width"], picture["cell_height"]
     return (4 + column * width, top + row * height, width - gap, height - gap)
+
+
+def _host_height(picture: BlockMapPicture) -> int:
+    num_rows = -(-len(picture["host"]) // picture["columns"])
+    return num_rows * picture["cell_height"] + 24 if num_rows else 0
+
+
+def _draw_host(canvas: Canvas, picture: BlockMapPicture, top: float) -> None:
+    """Host blocks below the pool, numbered from 1; none there without preemption by swap."""
+    if not picture["host"]:
+        return
+    canvas.text(4, top + 5, "host memory", 11)
+    for index, cell in enumerate(picture["host"]):
+        box = cell_box(picture, index, top + 22)
+        owners = [picture["owners"][i] for i in cell.owners]
+        header = HEADER_PX if picture["has_text"] else 0
+        if header:
+            _draw_header(canvas, str(index + 1), cell, owners, box)
+        _draw_slots(canvas, cell, owners, picture["block_size"], (box[0], box[1] + header, box[2], box[3] - header))
 
 
 def draw_cell(canvas: Canvas, picture: BlockMapPicture, index: int, box: Box) -> None:
@@ -75,6 +97,11 @@ def _draw_slots(canvas: Canvas, cell: Cell, owners: list[Owner], block_size: int
     elif cell.kind == "cached":
         canvas.dots(box, NEUTRAL)
         canvas.box(box, border=FAINT)
+    elif cell.kind == "reserved":
+        canvas.box((left + 1, top + 1, width - 2, height - 2), border=owners[0]["colour"], thickness=1.5)
+    elif cell.kind == "on_host":
+        canvas.dots(box, owners[0]["colour"])
+        canvas.box(box, border=owners[0]["colour"])
     elif cell.kind == "null":
         canvas.box(box, border=FAINT)
         canvas.line(left, top, left + width, top + height, FAINT)
@@ -104,6 +131,9 @@ def _draw_swatch(canvas: Canvas, kind: str, box: Box) -> None:
     nobody: Owner = {"id": "", "letter": "", "colour": NEUTRAL, "words": ""}
     if kind in ("cached", "empty", "null"):
         _draw_slots(canvas, Cell(kind, 0, False, []), [], 1, box)
+        return
+    if kind in ("reserved", "on_host"):
+        _draw_slots(canvas, Cell(kind, 0, False, [0]), [nobody], 1, box)
         return
     _draw_slots(canvas, Cell("live", 0 if kind == "unfilled" else 1, False, [0]), [nobody], 1, box)
     if kind == "shared":

@@ -21,6 +21,7 @@ from minivllm.views.block_table_picture import (
     translate,
 )
 from minivllm.views.block_table_png import block_table_image
+from minivllm.views.group_words import group_words
 from minivllm.views.pool_fold import header_count
 from minivllm.views.pool_state import PoolState
 from minivllm.views.widget import View, in_words, script, whole_number
@@ -54,11 +55,11 @@ class BlockTable(View):
         return chosen_slot(self._block_map.state, self._controls)
 
     def move(self, control: str, value: object) -> None:
-        """Controls: request (an id), token (a position), layer, kv_head, page (of tokens)."""
+        """Controls: request (an id), group (of layers), token (a position), layer, kv_head, page (of tokens)."""
         if control == "token":
             self._keep_request()
         super().move(control, value)
-        if control in ("request", "token"):
+        if control in ("request", "token", "group"):
             self._block_map.release_block()
 
     def drawn(self) -> BlockTablePicture:
@@ -72,7 +73,8 @@ class BlockTable(View):
             found = self._read_slot(controls.layer, place.slot) if self._read_slot and place else None
         except Exception as error:  # of the caller's functions: say it in the view, keep drawing the table
             problems.append(in_words(error))
-        picture = draw(state, controls, texts, found, self._num_layers, self._num_kv_heads)
+        groups = group_words(self._block_map.source.header, state)
+        picture = draw(state, controls, texts, found, self._num_layers, self._num_kv_heads, groups)
         picture["status"] = " ".join(problems)
         return picture
 
@@ -87,6 +89,9 @@ class BlockTable(View):
             case "token":
                 token = whole_number("token", value, 0, 2**31)
                 self._controls = replace(controls, token=token, page=None)
+            case "group":
+                last = len(self.picture["groups"]) - 1
+                self._controls = replace(controls, group=whole_number("group", value, 0, last), page=None)
             case "layer":
                 self._controls = replace(controls, layer=whole_number("layer", value, 0, self._num_layers - 1))
             case "kv_head":
@@ -118,7 +123,10 @@ class BlockTable(View):
         owner = shown.request_id if shown and shown.request_id in owners else owners[0]
         request = state.request(owner)
         assert request is not None, "an owner is a known request"
-        token = request.block_ids.index(block_id) * state.block_size
+        group = next((i for i, table in enumerate(request.tables) if block_id in table), None)
+        if group is None:  # reserved: in no table yet
+            return
+        token = request.tables[group].index(block_id) * state.block_size
         with self._lock:
-            self._controls = replace(self._controls, request=owner, token=token, page=None)
+            self._controls = replace(self._controls, request=owner, group=group, token=token, page=None)
         self.refresh()

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypedDict
 
 from minivllm.errors import MiniVLLMError
 from minivllm.views.picture import Picture
-from minivllm.views.pool_state import PoolState, RequestState
+from minivllm.views.pool_state import NULL_BLOCK, PoolState, RequestState
 from minivllm.views.theme import clipped, counted, owner_colour, owner_letter, visible
 
 PAGE_TOKENS = 128  # shown at once
@@ -69,6 +69,8 @@ class BlockTablePicture(Picture):
 
     requests: list[tuple[str, str]]  # (id, words)
     request: str | None
+    groups: list[tuple[str, str]]  # (number, words): one where all layers share a table
+    group: int
     colour: str
     entries: list[TableEntry]
     page: int
@@ -90,6 +92,7 @@ class TableControls:
     """What the reader chose; `page` None follows the token."""
 
     request: str | None = None
+    group: int = 0  # of layers
     token: int = 0
     layer: int = 0
     kv_head: int = 0
@@ -114,12 +117,20 @@ def chosen_request(state: PoolState, controls: TableControls) -> RequestState | 
     return chosen or next(iter(state.holders), None)
 
 
+def chosen_table(state: PoolState, controls: TableControls) -> tuple[int, ...]:
+    """The block table of the chosen request for the chosen group of layers; empty where there is none."""
+    request = chosen_request(state, controls)
+    tables = request.tables if request else ()
+    return tables[controls.group] if controls.group < len(tables) else ()
+
+
 def chosen_slot(state: PoolState, controls: TableControls) -> Translation | None:
     """Where the chosen token lives, or None when it has no block."""
-    request = chosen_request(state, controls)
-    if request is None or controls.token >= len(request.block_ids) * state.block_size:
+    table = chosen_table(state, controls)
+    if controls.token >= len(table) * state.block_size:
         return None
-    return translate(controls.token, request.block_ids, state.block_size)
+    place = translate(controls.token, table, state.block_size)
+    return None if place.block_id == NULL_BLOCK else place
 
 
 def draw(
@@ -129,26 +140,30 @@ def draw(
     found: SlotBytes | None,
     num_layers: int,
     num_kv_heads: int,
+    groups: Sequence[str] = ("group 0",),
 ) -> BlockTablePicture:
     """The table of the chosen request, its tokens (`texts`), and the chain of the chosen token."""
     request = chosen_request(state, controls)
+    table = chosen_table(state, controls)
     place = chosen_slot(state, controls)
     chain = _chain(state, controls, place, found)
     page_blocks = max(1, PAGE_TOKENS // state.block_size)
-    num_pages = max(1, -(-len(request.block_ids) // page_blocks)) if request else 1
+    num_pages = max(1, -(-len(table) // page_blocks))
     page = controls.token // state.block_size // page_blocks if controls.page is None else controls.page
     page = min(page, num_pages - 1)
     logical = range(page * page_blocks, (page + 1) * page_blocks)
-    title = _title(state, controls, request, place, texts)
+    title = _title(state, controls, request, place, texts, groups)
     return {
         "title": title,
         "aria": f"Block table. {title}",
-        "text": _text_twin(title, request, chain),
+        "text": _text_twin(title, table, chain),
         "status": "",
         "requests": [(r.request_id, request_words(r)) for r in _choices(state, request)],
         "request": request.request_id if request else None,
+        "groups": [(str(i), words) for i, words in enumerate(groups)],
+        "group": controls.group,
         "colour": owner_colour(request.ordinal) if request else "#888888",
-        "entries": [_entry(state, request, i, texts) for i in logical if i < len(request.block_ids)] if request else [],
+        "entries": [_entry(state, request, table, i, texts) for i in logical if i < len(table)] if request else [],
         "page": page,
         "num_pages": num_pages,
         "token": place.position if place else None,
@@ -174,14 +189,17 @@ def _choices(state: PoolState, chosen: RequestState | None) -> list[RequestState
     return [r for r in state.requests if r.block_ids or r is chosen]
 
 
-def _entry(state: PoolState, request: RequestState, logical: int, texts: Sequence[str]) -> TableEntry:
+def _entry(
+    state: PoolState, request: RequestState, table: Sequence[int], logical: int, texts: Sequence[str]
+) -> TableEntry:
     positions = range(logical * state.block_size, (logical + 1) * state.block_size)
+    block_id = table[logical]
+    num_stored = request.num_computed if block_id != NULL_BLOCK else 0
     tokens = [
-        Token(position, visible(clipped(texts[position], 40)), position < request.num_computed)
+        Token(position, visible(clipped(texts[position], 40)), position < num_stored)
         for position in positions
         if position < len(texts)
     ]
-    block_id = request.block_ids[logical]
     return {
         "logical": logical,
         "physical": block_id,
@@ -197,16 +215,24 @@ def _title(
     request: RequestState | None,
     place: Translation | None,
     texts: Sequence[str],
+    groups: Sequence[str],
 ) -> str:
     if request is None:
         return f"Step {state.step}: no request holds a block table."
     name = f"request {clipped(request.request_id, 24)}"
+    layers = f" (layer {groups[controls.group]})" if len(groups) > 1 else ""
+    table = chosen_table(state, controls)
+    if place is None and controls.token < len(table) * state.block_size:
+        return (
+            f"Step {state.step}: token {controls.token} of {name} has left the window{layers}: its block was dropped."
+        )
     if place is None:
-        holds = f"its table has {counted(len(request.block_ids), 'block')}"
+        holds = f"its table has {counted(len(table), 'block')}"
         return f"Step {state.step}: token {controls.token} of {name} has no slot; {holds}."
     text = f" “{visible(clipped(texts[place.position], 40))}”" if place.position < len(texts) else ""
     when = "" if place.position < request.num_computed else ", reserved but not stored yet"
-    return f"Token {place.position}{text} of {name} lives in physical block {place.block_id}, slot {place.slot}{when}."
+    where = f"physical block {place.block_id}, slot {place.slot}{layers}{when}"
+    return f"Token {place.position}{text} of {name} lives in {where}."
 
 
 def _chain(state: PoolState, controls: TableControls, place: Translation | None, found: SlotBytes | None) -> list[Link]:
@@ -238,9 +264,9 @@ def _values(controls: TableControls, found: SlotBytes | None) -> list[tuple[str,
     return [(name, [f"{value:+.3f}" for value in vector[:NUM_VALUES]]) for name, vector in vectors]
 
 
-def _text_twin(title: str, request: RequestState | None, chain: list[Link]) -> str:
+def _text_twin(title: str, table: Sequence[int], chain: list[Link]) -> str:
     """Only whole numbers: values and addresses differ between machines."""
-    pairs = [f"{i}→{block_id}" for i, block_id in enumerate(request.block_ids)] if request else []
+    pairs = [f"{i}→{block_id}" for i, block_id in enumerate(table)]
     more = f" and {len(pairs) - 32} more" if len(pairs) > 32 else ""
     lines = [title, f"  table (logical→physical): {' '.join(pairs[:32])}{more}"]
     lines += [f"  {link.label}: {link.formula} {link.value}".replace(":  ", ": ") for link in chain]

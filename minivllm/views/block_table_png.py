@@ -5,6 +5,7 @@ from PIL import Image
 from minivllm.views.block_map_picture import WIDTH_PX
 from minivllm.views.block_table_picture import BlockTablePicture, Link, TableEntry
 from minivllm.views.png import Canvas, text_width, wrapped
+from minivllm.views.pool_state import NULL_BLOCK
 from minivllm.views.theme import FAINT, NEUTRAL, SELECTED, clipped
 
 ENTRY_PX = 42  # height of one entry
@@ -35,8 +36,9 @@ def block_table_image(picture: BlockTablePicture) -> Image.Image:
 
 def _draw_entry(canvas: Canvas, picture: BlockTablePicture, entry: TableEntry, y: float) -> None:
     shared = f"  ×{entry['ref_count']}" if entry["ref_count"] > 1 else ""
+    gone = "  left the window" if entry["physical"] == NULL_BLOCK else ""
     canvas.box((4, y, 6, ENTRY_PX - 6), fill=picture["colour"])
-    canvas.text(16, y, f"logical {entry['logical']} → physical {entry['physical']}{shared}", 11)
+    canvas.text(16, y, f"logical {entry['logical']} → physical {entry['physical']}{shared}{gone}", 11)
     x = 16.0
     for token in entry["tokens"]:
         words = clipped(token.text, 12)

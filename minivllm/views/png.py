@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from minivllm.views.theme import NEUTRAL
 
 SCALE = 2
-PLAIN = str.maketrans({"→": "->", "×": "x", "␣": "_", "⏎": "\\n", "⇥": "\\t", "∅": "-"})  # not in Pillow's font
+PLAIN = str.maketrans({
+    "→": "->", "×": "x", "␣": "_", "⏎": "\\n", "⇥": "\\t", "∅": "-", "−": "-", "≥": ">=", "≤": "<=", "⌊": "floor(",
+    "⌋": ")", "⌈": "ceil(", "⌉": ")", "µ": "u",
+})  # fmt: skip  # not in Pillow's font
 Box = tuple[float, float, float, float]  # left, top, width, height
 
 
@@ -62,6 +65,10 @@ class Canvas:
     def line(self, x: float, y: float, to_x: float, to_y: float, ink: str = NEUTRAL, thickness: float = 1) -> None:
         ends = (x * SCALE, y * SCALE, to_x * SCALE, to_y * SCALE)
         self._draw.line(ends, fill=ink, width=round(thickness * SCALE))
+
+    def disc(self, x: float, y: float, radius: float, ink: str) -> None:
+        corners = ((x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE)
+        self._draw.ellipse(corners, fill=ink)
 
     def triangle(self, corners: tuple[tuple[float, float], ...], ink: str) -> None:
         self._draw.polygon([(x * SCALE, y * SCALE) for x, y in corners], fill=ink)

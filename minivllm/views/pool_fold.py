@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import (
@@ -25,9 +24,11 @@ from minivllm.events import (
     Refused,
     StepRan,
     SwappedIn,
+    SwappedOut,
     Unpinned,
 )
-from minivllm.views.pool_state import NULL_BLOCK, BlockState, PoolState, RequestState
+from minivllm.views.pool_request import RequestFold
+from minivllm.views.pool_state import NULL_BLOCK, BlockState, PoolState
 from minivllm.views.sentences import published_sentence, sentence
 
 NUM_DECISIONS = 8  # sentences that are kept
@@ -42,36 +43,6 @@ def pool_state(header: Mapping[str, object], events: Iterable[Event]) -> PoolSta
     return fold.state()
 
 
-@dataclass(slots=True)
-class _Request:
-    """A request while it is folded."""
-
-    request_id: str
-    ordinal: int
-    status: str = "waiting"
-    num_prompt: int = 0
-    num_computed: int = 0
-    tables: list[list[int]] = field(default_factory=lambda: [[]])  # by group; null blocks where a window has passed
-    reserved_ids: list[int] = field(default_factory=list)  # held, and not in the table yet
-    num_preemptions: int = 0
-
-    @property
-    def held_ids(self) -> list[int]:
-        """By position in the tables, which are equally long."""
-        by_position = (block_id for entries in zip(*self.tables, strict=True) for block_id in entries)
-        return [block_id for block_id in by_position if block_id != NULL_BLOCK] + self.reserved_ids
-
-    def table(self, group: int) -> list[int]:
-        self.tables.extend([] for _ in range(len(self.tables), group + 1))
-        return self.tables[group]
-
-    def frozen(self) -> RequestState:
-        return RequestState(
-            self.request_id, self.ordinal, self.status, self.num_prompt, self.num_computed,
-            tuple(self.tables[0]), self.num_preemptions, tuple(map(tuple, self.tables[1:])),
-        )  # fmt: skip
-
-
 class PoolFold:
     """Applies events one by one; `state()` freezes what it knows. Raises MiniVLLMError on what no pool can do."""
 
@@ -80,10 +51,13 @@ class PoolFold:
         self.block_size = header_count(header, "block_size")
         self.step = 0
         self._num_arrived = 0
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, RequestFold] = {}
         self._gone: deque[str] = deque()
         self._cached: set[int] = set()
         self._owners: dict[int, dict[str, int]] = {}  # block id -> request id -> its arrival number
+        num_host_blocks = header.get("num_host_blocks")  # older traces lack it: then as many as were ever taken
+        self._num_host_blocks = num_host_blocks if isinstance(num_host_blocks, int) else 0
+        self._host: dict[int, str] = {}  # host block -> request id
         self._decisions: deque[str] = deque(maxlen=NUM_DECISIONS)
         self._run: tuple[BlockCached, ...] = ()  # published one after the other, told in one sentence
 
@@ -103,7 +77,10 @@ class PoolFold:
                 self._join(event, request_id, block_ids, group)
             case BlocksTaken(request_id=request_id, block_ids=block_ids, group=group):
                 self._take(event, request_id, tuple(self._known(event, block_id) for block_id in block_ids), group)
+            case SwappedOut(request_id=request_id, host_ids=host_ids):
+                self._fill_host(event, request_id, host_ids)
             case SwappedIn(request_id=request_id):
+                self._empty_host(self._request(request_id))
                 for group, table in enumerate(event.tables):
                     self._take(event, request_id, tuple(table), group)
             case BlocksReserved(request_id=request_id, block_ids=block_ids):
@@ -136,8 +113,10 @@ class PoolFold:
                 request = self._request(request_id)
                 request.status, request.num_computed = "running", num_computed
                 request.num_preemptions = num_preemptions
-            case Preempted(request_id=request_id, how=how):
-                self._request(request_id).status = "swapped" if how == "swap" else "preempted"
+            case Preempted(request_id=request_id, num_computed=num_computed, how=how):
+                request = self._request(request_id)
+                request.status = "swapped" if how == "swap" else "preempted"
+                request.num_computed = num_computed if how == "swap" else 0  # they wait on the host
             case Forked():
                 self._fork(event)
             case Finished(request_id=request_id):
@@ -149,22 +128,36 @@ class PoolFold:
 
     def state(self) -> PoolState:
         filled = self._filled()
+        reserved = {block_id for request in self._requests.values() for block_id in request.reserved_ids}
         blocks = tuple(
             BlockState(
                 block_id,
                 tuple(sorted(owners, key=owners.__getitem__)) if (owners := self._owners.get(block_id)) else (),
                 block_id in self._cached,
                 filled.get(block_id, self.block_size if block_id in self._cached else 0),
+                block_id in reserved,
             )
             for block_id in range(self.num_blocks)
         )
         requests = tuple(request.frozen() for request in self._requests.values())
-        return PoolState(self.step, self.block_size, self.num_blocks, requests, blocks, tuple(self._decisions))
+        host = tuple(self._host.get(host_id) for host_id in range(1, self._num_host_blocks + 1))
+        return PoolState(self.step, self.block_size, self.num_blocks, requests, blocks, tuple(self._decisions), host)
 
-    def _request(self, request_id: str) -> _Request:
+    def table(self, request_id: str) -> list[int]:
+        """The first group's block table as it stands."""
+        request = self._requests.get(request_id)
+        return request.tables[0] if request else []
+
+    def num_prompt(self, request_id: str) -> int:
+        return self._request(request_id).num_prompt
+
+    def num_owners(self, block_id: int) -> int:
+        return len(self._owners.get(block_id, ()))
+
+    def _request(self, request_id: str) -> RequestFold:
         """The request, made known on its first event."""
         if request_id not in self._requests:
-            self._requests[request_id] = _Request(request_id, self._num_arrived)
+            self._requests[request_id] = RequestFold(request_id, self._num_arrived)
             self._num_arrived += 1
         return self._requests[request_id]
 
@@ -254,7 +247,20 @@ class PoolFold:
         self._disown(event, request_id, block_ids)
         request.tables, request.reserved_ids, request.num_computed = [[]], [], 0
 
+    def _fill_host(self, event: Event, request_id: str, host_ids: tuple[int, ...]) -> None:
+        if taken := [host_id for host_id in host_ids if host_id in self._host]:
+            raise _impossible(event, f"host block {taken[0]} is held by request {self._host[taken[0]]}")
+        self._host.update(dict.fromkeys(host_ids, request_id))
+        self._request(request_id).host_ids = host_ids
+        self._num_host_blocks = max(self._num_host_blocks, *host_ids)
+
+    def _empty_host(self, request: RequestFold) -> None:
+        for host_id in request.host_ids:
+            del self._host[host_id]
+        request.host_ids = ()
+
     def _leave(self, request_id: str, status: str) -> None:
+        self._empty_host(self._request(request_id))
         self._request(request_id).status = status
         self._gone.append(request_id)
         if len(self._gone) > NUM_GONE and not self._requests[self._gone[0]].held_ids:

@@ -1,6 +1,7 @@
 """The state of the pool at one moment, as pictures need it; pool_fold.py makes it from events.
 
-Invariant: every physical block is exactly one of null, empty, cached but free, or live; their counts sum to num_blocks.
+Invariant: every physical block is exactly one of null, empty, cached but free, reserved, or live; their counts sum to
+num_blocks.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,13 @@ class RequestState:
     block_ids: tuple[int, ...] = ()
     num_preemptions: int = 0
     other_tables: tuple[tuple[int, ...], ...] = ()  # of the groups of layers beyond the first
+    reserved_ids: tuple[int, ...] = ()  # set aside by a contiguous allocator, and not in the table yet
+    host_ids: tuple[int, ...] = ()  # what was swapped out waits there
+
+    @property
+    def tables(self) -> tuple[tuple[int, ...], ...]:
+        """By group of layers; a null block stands where a window has passed."""
+        return self.block_ids, *self.other_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,7 @@ class BlockState:
     owners: tuple[str, ...]  # request ids in order of arrival
     is_cached: bool
     num_filled: int
+    is_reserved: bool = False  # held, and not in a table yet
 
     @property
     def ref_count(self) -> int:
@@ -37,11 +46,11 @@ class BlockState:
 
     @property
     def kind(self) -> str:
-        """null, empty, cached (free, contents kept) or live."""
+        """null, empty, cached (free, contents kept), reserved or live."""
         if self.block_id == NULL_BLOCK:
             return "null"
         if self.owners:
-            return "live"
+            return "reserved" if self.is_reserved else "live"
         return "cached" if self.is_cached else "empty"
 
 
@@ -55,18 +64,32 @@ class PoolState:
     requests: tuple[RequestState, ...]
     blocks: tuple[BlockState, ...]
     decisions: tuple[str, ...]
+    host: tuple[str | None, ...] = ()  # who holds host blocks 1, 2 ...
 
     def request(self, request_id: str) -> RequestState | None:
         return next((r for r in self.requests if r.request_id == request_id), None)
 
     @property
     def holders(self) -> tuple[RequestState, ...]:
-        """Requests that hold blocks now."""
-        return tuple(r for r in self.requests if r.block_ids)
+        """Requests that hold blocks of the pool now."""
+        return tuple(r for r in self.requests if r.block_ids or r.reserved_ids)
+
+    @property
+    def owners(self) -> tuple[RequestState, ...]:
+        """Requests that hold blocks now, here or on the host."""
+        return tuple(r for r in self.requests if r.block_ids or r.reserved_ids or r.host_ids)
 
     @property
     def num_live(self) -> int:
         return sum(block.kind == "live" for block in self.blocks)
+
+    @property
+    def num_reserved(self) -> int:
+        return sum(block.kind == "reserved" for block in self.blocks)
+
+    @property
+    def num_on_host(self) -> int:
+        return sum(owner is not None for owner in self.host)
 
     @property
     def num_shared(self) -> int:

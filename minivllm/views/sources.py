@@ -1,22 +1,37 @@
-"""Where a view's state comes from: a live engine's event bus, or a recorded trace; both answer `state()`."""
+"""Where a view's state comes from: a live bus or a recorded trace; both fold events and answer `state()`."""
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Event, EventBus
 from minivllm.trace import Trace
-from minivllm.views.pool_fold import PoolFold
-from minivllm.views.pool_state import PoolState
+
+State = TypeVar("State")
+Seen = TypeVar("Seen", covariant=True)
 
 
-class Source(Protocol):
+class Fold(Protocol[Seen]):
+    """Takes events in one by one and freezes what it knows."""
+
+    @property
+    def step(self) -> int: ...
+
+    def apply(self, event: Event) -> None: ...
+
+    def state(self) -> Seen: ...
+
+
+MakeFold = Callable[[Mapping[str, object]], Fold[Seen]]  # from a trace's header
+
+
+class Source(Protocol[Seen]):
     @property
     def header(self) -> Mapping[str, object]: ...
 
-    def state(self) -> PoolState: ...
+    def state(self) -> Seen: ...
 
     @property
     def steps(self) -> tuple[int, int, int] | None:
@@ -28,16 +43,21 @@ class Source(Protocol):
     def stop(self) -> None: ...
 
 
-class LiveSource:
+class LiveSource(Generic[State]):
     """Listens to a bus; the engine's thread only appends, whoever draws folds."""
 
     steps: tuple[int, int, int] | None = None
 
     def __init__(
-        self, bus: EventBus, header: Mapping[str, object], past: Iterable[Event], wake: Callable[[], None]
+        self,
+        make_fold: MakeFold[State],
+        bus: EventBus,
+        header: Mapping[str, object],
+        past: Iterable[Event],
+        wake: Callable[[], None],
     ) -> None:
         self.header = {**header, "live": "live"}
-        self._fold = PoolFold(header)
+        self._fold = make_fold(header)
         self._arrived: deque[Event] = deque(past)
         self._wake = wake
         self._lock = threading.Lock()
@@ -45,7 +65,7 @@ class LiveSource:
         self._failure: MiniVLLMError | None = None
         self.stop = bus.listen(self._take)
 
-    def state(self) -> PoolState:
+    def state(self) -> State:
         """Fold what arrived since the last call. Raises MiniVLLMError, from then on, if the events contradict."""
         with self._lock:
             if self._failure is not None:
@@ -71,20 +91,21 @@ class LiveSource:
             raise
 
 
-class TraceSource:
+class TraceSource(Generic[State]):
     """Shows a recorded trace at any step; forward is incremental, backward starts again."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, make_fold: MakeFold[State], trace: Trace) -> None:
         self.header = trace.header
+        self._make_fold = make_fold
         self._events = tuple(trace.events)
         self._last = trace.last_step
         self._lock = threading.Lock()
-        self._fold = PoolFold(trace.header)
+        self._fold = make_fold(trace.header)
         self._num_applied = 0
         self._step = self._last
-        self._shown: tuple[int, PoolState] | None = None
+        self._shown: tuple[int, State] | None = None
 
-    def state(self) -> PoolState:
+    def state(self) -> State:
         with self._lock:
             if self._shown is None or self._shown[0] != self._step:
                 self._shown = (self._step, self._folded(self._step))
@@ -101,9 +122,9 @@ class TraceSource:
     def stop(self) -> None:
         """Nothing listens."""
 
-    def _folded(self, step: int) -> PoolState:
+    def _folded(self, step: int) -> State:
         if self._fold.step > step:
-            self._fold, self._num_applied = PoolFold(self.header), 0
+            self._fold, self._num_applied = self._make_fold(self.header), 0
         while self._num_applied < len(self._events) and self._events[self._num_applied].step <= step:
             self._fold.apply(self._events[self._num_applied])
             self._num_applied += 1

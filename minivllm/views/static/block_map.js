@@ -17,6 +17,12 @@ function slots(prefix, kind, share, colours, blockSize, x, y, width, height) {
   const box = (attributes) => shape("rect", { x, y, width, height, ...attributes });
   if (kind === "empty") return [box({ class: "mv-empty" })];
   if (kind === "cached") return [box({ fill: `url(#${prefix}-dots)` }), box({ class: "mv-cached" })];
+  if (kind === "on_host") {
+    return [box({ fill: `url(#${prefix}-dots)` }), box({ style: `fill:none;stroke:${colours[0]};stroke-width:2` })];
+  }
+  if (kind === "reserved") {
+    return [box({ class: "mv-reserved", x: x + 1, y: y + 1, width: width - 2, height: height - 2, style: `stroke:${colours[0]}` })];
+  }
   if (kind === "null") {
     const cross = `M${x},${y}l${width},${height}M${x + width},${y}l${-width},${height}`;
     return [box({ class: "mv-empty" }), shape("path", { d: cross, class: "mv-cross" })];
@@ -74,6 +80,7 @@ function cellNodes(prefix, picture, index, left, top, width, height) {
 
 function hoverWords(picture, index, kind, filled, who) {
   const names = { null: "null block", empty: "free and empty", cached: "free, contents still cached" };
+  if (kind === "reserved") return `block ${index}: reserved for ${who.map((o) => o.letter).join(" and ")}`;
   const held = `${who.map((o) => o.letter).join(" and ")}, ${filled} of ${picture.block_size} slots filled`;
   return `block ${index}: ${kind === "live" ? held : names[kind]}`;
 }
@@ -81,17 +88,39 @@ function hoverWords(picture, index, kind, filled, who) {
 function swatch(prefix, kind) {
   const [w, h] = [20, 13];
   const svg = shape("svg", { width: w + 2, height: h + 2, class: "mv-swatch", "aria-hidden": "true" });
-  const as = ["empty", "cached", "null"].includes(kind) ? kind : "live";
+  const as = ["empty", "cached", "null", "reserved", "on_host"].includes(kind) ? kind : "live";
   const nodes = slots(prefix, as, kind === "unfilled" ? 0 : 1, ["#888888"], 1, 1, 1, w, h);
   if (kind === "shared") nodes.push(shape("rect", { x: 2.5, y: 2.5, width: w - 3, height: h - 3, class: "mv-shared" }));
   if (kind === "published") nodes.push(shape("path", { d: `M${w + 1},1v8l-8,-8z`, class: "mv-ink" }));
   return put(svg, {}, nodes);
 }
 
+// Host blocks 1, 2 ... below the pool; nothing there without preemption by swap.
+function hostNodes(prefix, picture, top) {
+  if (!picture.host.length) return [];
+  const header = picture.has_text ? HEADER : 0;
+  const gap = picture.cell_width >= 16 ? 3 : 1;
+  const [width, height] = [picture.cell_width - gap, picture.cell_height - gap];
+  const cells = picture.host.map(([kind, , , owners], i) => {
+    const who = owners.map((index) => picture.owners[index]);
+    const left = 2 + (i % picture.columns) * picture.cell_width;
+    const y = top + 20 + Math.floor(i / picture.columns) * picture.cell_height;
+    const nodes = slots(prefix, kind, 1, who.map((o) => o.colour), picture.block_size, left, y + header, width, height - header);
+    if (header) {
+      nodes.push(shape("text", { x: left + 3, y: y + 11, class: "mv-number" }, String(i + 1)));
+      nodes.push(shape("text", { x: left + width - 4, y: y + 11, class: "mv-letter" }, who.map((o) => o.letter).join("")));
+    }
+    const held = who.length ? `swapped out by ${who[0].letter}` : "free";
+    return shape("g", { "data-host": i + 1, "data-kind": kind }, [...nodes, shape("title", {}, `host block ${i + 1}: ${held}`)]);
+  });
+  return [shape("text", { x: 2, y: top + 14, class: "mv-number" }, "host memory"), ...cells];
+}
+
 function grid(model, prefix) {
   const defs = shape("defs");
   const cells = shape("g");
-  const svg = shape("svg", { class: "mv-block-map", role: "img" }, [defs, cells]);
+  const host = shape("g");
+  const svg = shape("svg", { class: "mv-block-map", role: "img" }, [defs, cells, host]);
   const keys = [];
   cells.addEventListener("click", (event) => {
     const index = [...cells.children].indexOf(event.target.closest("g[data-block]"));
@@ -127,61 +156,14 @@ function grid(model, prefix) {
         cells.append(shape("g", { "data-block": cells.children.length }));
       }
       const rows = Math.ceil(picture.cells.length / picture.columns);
-      const [width, height] = [picture.columns * picture.cell_width + 4, rows * picture.cell_height + 4];
+      const top = rows * picture.cell_height + 4;
+      const hostRows = Math.ceil(picture.host.length / picture.columns);
+      const height = top + (hostRows ? hostRows * picture.cell_height + 22 : 0);
+      const width = picture.columns * picture.cell_width + 4;
+      const hostKey = JSON.stringify([picture.host, picture.owners.map((o) => o.id), top]);
+      if (host.dataset.key !== hostKey) put(host, { "data-key": hostKey }, hostNodes(prefix, picture, top));
       put(svg, { viewBox: `0 0 ${width} ${height}`, width, height, "aria-label": picture.aria });
       picture.cells.forEach((_, index) => drawCell(picture, index));
-    },
-  };
-}
-
-// Previous, slider, next, play. What the reader asked for last wins over older pictures still on their way.
-function stepper(model) {
-  let shown = [0, 0]; // first and last step
-  let asked = null;
-  let timer = 0;
-  const ask = (step) => {
-    asked = Math.max(shown[0], Math.min(shown[1], step));
-    slider.value = String(asked);
-    send(model, "step", asked);
-  };
-  const current = () => (asked === null ? Number(slider.value) : asked);
-  const stop = () => {
-    clearInterval(timer);
-    timer = 0;
-    put(play, { "aria-label": "play", title: "play" }, "▶ play");
-  };
-  const tick = () => {
-    if (current() >= shown[1]) stop();
-    else if (asked === null) ask(current() + 1);
-  };
-  const byHand = (step) => {
-    stop(); // else the next tick would play on
-    ask(step);
-  };
-  const slider = element("input", { type: "range", class: "mv-slider", "aria-label": "step of the recorded run" });
-  slider.addEventListener("input", () => byHand(Number(slider.value)));
-  const play = button("▶ play", "play", () => {
-    if (timer) return stop();
-    if (current() >= shown[1]) ask(shown[0]);
-    timer = setInterval(tick, 400);
-    put(play, { "aria-label": "pause", title: "pause" }, "⏸ pause");
-  });
-  const value = element("output", { class: "mv-value" });
-  const previous = button("◀", "previous step", () => byHand(current() - 1));
-  const next = button("▶", "next step", () => byHand(current() + 1));
-  const root = element("div", { class: "mv-row", role: "group", "aria-label": "replay" }, [previous, slider, next, play, value]);
-  return {
-    root,
-    stop,
-    draw(picture) {
-      root.hidden = picture.steps === null;
-      if (root.hidden) return;
-      const [first, last, at] = picture.steps;
-      shown = [first, last];
-      if (asked === at || picture.status) asked = null;
-      put(slider, { min: first, max: last, step: 1 });
-      if (asked === null) slider.value = String(at);
-      value.textContent = `step ${at} of ${last}`;
     },
   };
 }

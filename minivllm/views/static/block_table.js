@@ -13,6 +13,7 @@ function tokenButton(model, picture, [position, text, stored]) {
 function entryBox(model, picture, entry) {
   const head = element("div", { class: "mv-block-head" }, [
     "logical ", element("strong", {}, String(entry.logical)), " → physical ", element("strong", {}, String(entry.physical)),
+    entry.physical === 0 ? " · left the window" : "",
     entry.ref_count > 1 ? ` · shared ×${entry.ref_count}` : "",
   ]);
   const unused = Array.from({ length: entry.num_unused }, () =>
@@ -62,18 +63,22 @@ function walk(model, picture, event) {
 function controls(model) {
   const range = (count) => Array.from({ length: count }, (_, i) => [String(i), String(i)]);
   const request = dropdown("request", (value) => send(model, "request", value));
+  const group = dropdown("group", (value) => send(model, "group", Number(value)));
+  const groupLabel = labelled("group", group);
   const layer = dropdown("layer", (value) => send(model, "layer", Number(value)));
   const head = dropdown("KV head", (value) => send(model, "kv_head", Number(value)));
   const page = () => model.get("picture").page;
   const earlier = button("◀ earlier", "earlier tokens", () => send(model, "page", page() - 1));
   const later = button("later ▶", "later tokens", () => send(model, "page", page() + 1));
   const root = element("div", { class: "mv-row" }, [
-    labelled("request", request), labelled("layer", layer), labelled("KV head", head), earlier, later,
+    labelled("request", request), groupLabel, labelled("layer", layer), labelled("KV head", head), earlier, later,
   ]);
   return {
     root,
     draw(picture) {
       fillDropdown(request, picture.requests, picture.request);
+      fillDropdown(group, picture.groups, picture.group);
+      groupLabel.hidden = picture.groups.length < 2;
       fillDropdown(layer, range(picture.num_layers), picture.layer);
       fillDropdown(head, range(picture.num_kv_heads), picture.kv_head);
       earlier.hidden = later.hidden = picture.num_pages < 2;

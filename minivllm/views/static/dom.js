@@ -68,6 +68,58 @@ function drawOnChange(model, draw) {
   };
 }
 
+// Previous, slider, next, play. What the reader asked for last wins over older pictures still on their way.
+function stepper(model) {
+  let shown = [0, 0]; // first and last step
+  let asked = null;
+  let timer = 0;
+  const ask = (step) => {
+    asked = Math.max(shown[0], Math.min(shown[1], step));
+    slider.value = String(asked);
+    send(model, "step", asked);
+  };
+  const current = () => (asked === null ? Number(slider.value) : asked);
+  const stop = () => {
+    clearInterval(timer);
+    timer = 0;
+    put(play, { "aria-label": "play", title: "play" }, "▶ play");
+  };
+  const tick = () => {
+    if (current() >= shown[1]) stop();
+    else if (asked === null) ask(current() + 1);
+  };
+  const byHand = (step) => {
+    stop(); // else the next tick would play on
+    ask(step);
+  };
+  const slider = element("input", { type: "range", class: "mv-slider", "aria-label": "step of the recorded run" });
+  slider.addEventListener("input", () => byHand(Number(slider.value)));
+  const play = button("▶ play", "play", () => {
+    if (timer) return stop();
+    if (current() >= shown[1]) ask(shown[0]);
+    timer = setInterval(tick, 400);
+    put(play, { "aria-label": "pause", title: "pause" }, "⏸ pause");
+  });
+  const value = element("output", { class: "mv-value" });
+  const previous = button("◀", "previous step", () => byHand(current() - 1));
+  const next = button("▶", "next step", () => byHand(current() + 1));
+  const root = element("div", { class: "mv-row mv-steps", role: "group", "aria-label": "replay" }, [previous, slider, next, play, value]);
+  return {
+    root,
+    stop,
+    draw(picture) {
+      root.hidden = picture.steps === null;
+      if (root.hidden) return;
+      const [first, last, at] = picture.steps;
+      shown = [first, last];
+      if (asked === at || picture.status) asked = null;
+      put(slider, { min: first, max: last, step: 1 });
+      if (asked === null) slider.value = String(at);
+      value.textContent = `step ${at} of ${last}`;
+    },
+  };
+}
+
 // What every view ends with: a line for errors, and the text twin for whoever would rather read.
 function footer() {
   const status = element("div", { class: "mv-status", role: "status", "aria-live": "polite" });
