@@ -107,6 +107,12 @@ def _cpu_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("no CUDA device here")
 
 
+@pytest.fixture(autouse=True)
+def _nobody_in_particular(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test` runs the notebooks as the example learner; a test says for itself whose progress it looks at."""
+    monkeypatch.delenv("MINIVLLM_LEARNER", raising=False)
+
+
 @pytest.fixture(scope="session")
 def reference_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, PreTrainedModel]]:
     """Build a family's small random model once; give its folder and transformers' own instance in fp32."""

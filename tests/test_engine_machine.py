@@ -16,8 +16,8 @@ from minivllm.request import Request
 SEEN: Counter[str] = Counter()
 MUST_SEE = (
     "PrefixHit", "partial hit", "Evicted", "Preempted", "Preempted held", "SwappedIn", "hit after preemption", "chunk",
-    "chunk beside decode", "Refused", "failed step", "Forked", "BlockCopied", "BlockExchanged", "lingering", "Pinned",
-    "Unpinned", "samples",
+    "chunk beside decode", "Refused", "failed step", "Forked", "BlockCopied", "BlockExchanged", "Pinned", "Unpinned",
+    "samples",
 )  # fmt: skip
 
 
