@@ -38,8 +38,7 @@ def choose_groups(model: ModelConfig, policies: Policies) -> LayerGroups:
     """A table for each group of layers, where what a window has passed can be freed; else one table that keeps all."""
     is_chain = (policies.get("prefix_cache", "hash"), policies.get("eviction_policy", "lru")) == ("hash", "lru")
     is_apart = policies.get("allocator", "paged") == "paged" and (is_chain or not caches_prefixes(policies))
-    has_both = None in model.windows and model.windows.count(None) < len(model.windows)
-    return (group_layers if is_apart or not has_both else one_group)(model.num_layers, model.windows)
+    return (group_layers if is_apart else one_group)(model.num_layers, model.windows)
 
 
 def engine_config(

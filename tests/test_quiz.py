@@ -353,6 +353,22 @@ def cards(store: ProgressFile) -> Iterator[FlashCards]:
     view.close()
 
 
+def test_a_notebook_names_its_cards_and_asks_them_in_that_order(store: ProgressFile) -> None:
+    view = FlashCards(cards=("B2", "A2.num"))
+    assert view.drawn()["head"].startswith("B2 ") and view.drawn()["kind"] == "words"
+    view.move("skip", None)
+    assert view.drawn()["head"].startswith("A2 ") and view.drawn()["kind"] == "number"
+    view.move("skip", None)
+    assert view.drawn()["kind"] == "ended"
+    view.move("another round", None)
+    assert view.drawn()["head"].startswith("B2 ")
+    wordy = next(id_ for id_ in questions() if id_ not in FORMS)
+    for ids in (("Z9",), ("A1", "B99"), (f"{wordy}.num",)):
+        with pytest.raises(ConfigError):
+            FlashCards(cards=ids)
+    view.close()
+
+
 def test_a_round_in_the_notebook_is_saved_to_the_same_file(cards: FlashCards, store: ProgressFile) -> None:
     assert cards.drawn()["kind"] == "words" and cards.drawn()["points"] == []
     cards.move("show points", None)

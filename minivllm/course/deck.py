@@ -1,6 +1,6 @@
 """The cards of the bank: one for each question, and one more where it has a numeric form; which of them come next."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -37,6 +37,15 @@ def all_cards(letters: Collection[str] = ()) -> list[Card]:
     asked = sorted((q for q in questions().values() if not letters or q.group in letters), key=lambda q: q.rank)
     ids = [card_id for q in asked for card_id in ([q.id, q.id + NUMERIC] if q.id in FORMS else [q.id])]
     return [Card(card_id) for card_id in ids]
+
+
+def named_cards(ids: Iterable[str]) -> tuple[Card, ...]:
+    """These cards, in this order: "A1", or "A1.num" for its numeric one. Raises ConfigError for one there is not."""
+    cards = tuple(Card(card_id) for card_id in ids)
+    for card in cards:
+        if card not in all_cards([card.question.group]):
+            raise ConfigError(f"{card.question.id} has no numeric form; ask for the card {card.question.id!r}")
+    return cards
 
 
 def chosen_cards(

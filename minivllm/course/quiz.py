@@ -4,13 +4,13 @@ A card in words is answered in one's head or in a line, then ticked off point by
 wrong answer gets its slip's name and one more try. Each graded card is a review in `progress`, for the caller to save.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
 from minivllm.course.calculators.units import counted
-from minivllm.course.deck import Card, chosen_cards, next_due, problem_for
+from minivllm.course.deck import Card, chosen_cards, named_cards, next_due, problem_for
 from minivllm.course.numeric_forms import Problem, grade
 from minivllm.course.progress import Progress
 from minivllm.course.questions import Question
@@ -47,10 +47,10 @@ class Round:
 
 def begin(
     progress: Progress, now: datetime, letters: Collection[str] = (), num: int = 10, is_due_only: bool = False,
-    is_fuzzed: bool = True,
+    is_fuzzed: bool = True, ids: Sequence[str] = (),
 ) -> tuple[Round, str]:  # fmt: skip
-    """Choose the cards and show the first one."""
-    queue = chosen_cards(progress, now, letters, num, is_due_only)
+    """Choose the cards, or take those with these ids, and show the first one."""
+    queue = named_cards(ids) or chosen_cards(progress, now, letters, num, is_due_only)
     round_ = Round(progress, queue, "asked" if queue else "ended", is_fuzzed=is_fuzzed)
     if not queue:
         due = next_due(progress, letters)

@@ -49,6 +49,7 @@ class KVManager:
         self.eviction = None if is_lru_chain else Eviction(config.eviction_policy, self.cache)
         self.allocator = build_allocator(config, self.pool, self._make_empty, self._tell_reserved)
         self.num_groups = len(config.group_windows)
+        self.frees_windows = any(config.group_windows) and not self.allocator.is_contiguous
         self.num_watermark = int(config.watermark * self.pool.num_usable)
         self.events = events
         self.step = 0
@@ -164,8 +165,8 @@ class KVManager:
 
     def drop_outside_window(self, request: Request) -> None:
         """Free the blocks that the next query, at num_computed, does not see through its group's sliding window."""
-        if self.allocator.is_contiguous:
-            return
+        if not self.frees_windows:
+            return  # most models; this runs for every request in every step
         for group, (table, window) in enumerate(zip(request.tables, self.config.group_windows, strict=True)):
             num_past = num_unseen(request.num_computed, window, self.block_size)
             dropped = table.block_ids[table.num_dropped : num_past]

@@ -14,15 +14,9 @@ from time import perf_counter
 import torch
 
 from minivllm.config import DTYPE_BYTES
-from minivllm.course.calculators import (
-    Accelerator,
-    attention_flops,
-    expected_experts,
-    kv_bytes_of_sequence,
-    num_active_parameters,
-    num_parameters,
-)
+from minivllm.course.calculators import Accelerator, num_parameters
 from minivllm.course.calculators.model_fields import Config
+from minivllm.course.step_work import counted_model
 from minivllm.provenance import provenance
 
 NUM_TRIES = 8
@@ -47,33 +41,22 @@ class ModelWork:
     """What a model's steps cost; read from its config.json by the calculators alone."""
 
     def __init__(self, config: Config, dtype: str) -> None:
-        self.config = config
+        self.model = counted_model(config)
         self.dtype = dtype
-        parameters, active = num_parameters(config), num_active_parameters(config)
-        parts = {name: int(part) for name, part in parameters.parts.items()}
-        self.head = parts["head"] or parts["embeddings"]  # tied: the table is read as a matrix
-        self.body = int(parameters) - parts["embeddings"] - parts["head"]
-        self.experts = parts["experts"]
-        self.active_body = int(active) - parts["embeddings"] - parts["head"]
+        parts = num_parameters(config).parts
+        self.head = int(parts["head"]) or int(parts["embeddings"])  # tied: the table is read as a matrix
+        self.tables = int(parts["embeddings"]) + int(parts["head"])
 
     def floor(self, scheduled: Sequence[tuple[int, int]], num_logits: int, machine: Accelerator) -> StepFloor:
         """Of a step that computes, for each of its requests, `num_new` tokens and has `num_stored` after it."""
-        size, num_tokens = DTYPE_BYTES[self.dtype], sum(num_new for num_new, _ in scheduled)
-        num_weights = self.body - self.experts + self._experts_read(num_tokens) + self.head * (num_logits > 0)
-        kv_bytes = sum(int(kv_bytes_of_sequence(self.config, stored, self.dtype)) for _, stored in scheduled)
-        pairs = sum(int(attention_flops(self.config, new, stored - new)) for new, stored in scheduled)
-        flops = 2 * (self.active_body * num_tokens + self.head * num_logits) + pairs
-        read_s = (num_weights * size + kv_bytes) / machine.bandwidth
+        num_tokens = sum(num_new for num_new, _ in scheduled)
+        num_weights = self.model.weights_used(num_tokens) - self.tables + self.head * (num_logits > 0)
+        num_bytes = num_weights * DTYPE_BYTES[self.dtype]
+        attention = self.model.attention_of(scheduled, self.dtype)
+        flops = 2 * ((self.model.num_active - self.tables) * num_tokens + self.head * num_logits) + attention.flops
+        read_s = (num_bytes + attention.num_bytes) / machine.bandwidth
         compute_s = flops / machine.flops_of(self.dtype)
-        return StepFloor(num_weights * size, kv_bytes, flops, 1e3 * read_s, 1e3 * compute_s)
-
-    def _experts_read(self, num_tokens: int) -> int:
-        """Weights of the experts that so many tokens are expected to touch."""
-        if not self.experts:
-            return 0
-        num_experts = int(str(self.config["n_routed_experts"]))  # type: ignore[index]  # a config.json of our own
-        num_used = int(str(self.config["num_experts_per_tok"]))  # type: ignore[index]
-        return int(self.experts * float(expected_experts(num_experts, num_used, num_tokens)) / num_experts)
+        return StepFloor(num_bytes, attention.num_bytes, flops, 1e3 * read_s, 1e3 * compute_s)
 
 
 def measured_roofs(device: str, dtype: str) -> Accelerator:

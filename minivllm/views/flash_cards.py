@@ -63,15 +63,19 @@ def cards_picture(round_: Round, said: str) -> CardsPicture:
 
 
 class FlashCards(View):
-    """`FlashCards("C")`: a round on group C, spaced by what earlier rounds and the terminal have left to review."""
+    """`FlashCards("C")`: a round on group C, spaced by what earlier rounds and the terminal have left to review.
+
+    `FlashCards(cards=("A1", "B2.num"))` asks these cards, whether due or not. Raises ConfigError for one there is not.
+    """
 
     _esm = script("flash_cards.js")
 
     def __init__(
-        self, group: str = "", num: int = 10, is_due_only: bool = False, store: ProgressFile | None = None
-    ) -> None:
+        self, group: str = "", num: int = 10, is_due_only: bool = False, store: ProgressFile | None = None,
+        cards: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._store = store or _own_store()
-        self._choice = (group.upper(), num, is_due_only)
+        self._choice, self._cards = (group.upper(), num, is_due_only), tuple(cards)
         self._round, self._said = self._begin()
         super().__init__()
 
@@ -98,7 +102,7 @@ class FlashCards(View):
 
     def _begin(self) -> tuple[Round, str]:
         letters, num, is_due_only = self._choice
-        round_, text = quiz.begin(self._store.load(), datetime.now(UTC), letters, num, is_due_only)
+        round_, text = quiz.begin(self._store.load(), datetime.now(UTC), letters, num, is_due_only, ids=self._cards)
         return round_, text if round_.stage == "ended" else ""
 
     def _moved(self, control: str, value: object) -> None:

@@ -1,7 +1,6 @@
 """W7, the prefix tree: which beginnings are cached, who uses them, what a step found, added and forgot."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Event, EventBus
@@ -10,7 +9,7 @@ from minivllm.views.block_map_picture import provenance
 from minivllm.views.prefix_tree_fold import PrefixTreeFold
 from minivllm.views.prefix_tree_picture import TokenTexts, TreeControls, TreePicture, draw
 from minivllm.views.prefix_tree_state import TreeState
-from minivllm.views.sketch import accepted, seek
+from minivllm.views.sketch import seek, with_control
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.sources import LiveSource, Source, TraceSource
 from minivllm.views.widget import in_words
@@ -66,5 +65,4 @@ class PrefixTree(SketchView):
         if control == "step":
             self.source.seek(seek(self.source.steps, value))
             return
-        known = {control: accepted(self.drawn()["controls"], control, value)}
-        self._controls = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
+        self._controls = with_control(self._controls, self.drawn()["controls"], control, value)

@@ -10,7 +10,8 @@ from typing import TypedDict
 
 from minivllm.course.calculators import accelerator, compute_ms, critical_batch, read_ms, ridge_point
 from minivllm.course.calculators.units import plain, shown
-from minivllm.views.sketch import WIDTH_PX, Choice, Control, Dot, Line, Mark, SketchPicture, Slider, Words, accepted
+from minivllm.course.step_work import Work, counted_model
+from minivllm.views.sketch import WIDTH_PX, Choice, Control, Dot, Line, Mark, SketchPicture, Slider, Words, with_control
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.step_work import (
@@ -18,11 +19,9 @@ from minivllm.views.step_work import (
     CONTEXTS,
     KV_DTYPES,
     WEIGHT_DTYPES,
-    Work,
     as_words,
     chip_options,
     compute_dtype,
-    counted_model,
     model_options,
     ms,
 )
@@ -80,8 +79,7 @@ class Roofline(SketchView):
         return draw(self._controls)
 
     def _moved(self, control: str, value: object) -> None:
-        known = {control: accepted(controls(self._controls), control, value)}
-        chosen = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
+        chosen = with_control(self._controls, controls(self._controls), control, value)
         self._controls = replace(chosen, compute=compute_dtype(chosen.chip, chosen.compute))
 
 

@@ -5,7 +5,8 @@ line, page, pick. A filled box has a pattern too, so that no meaning hangs on co
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 from minivllm.errors import MiniVLLMError, short
 from minivllm.views.picture import Picture
@@ -14,6 +15,7 @@ from minivllm.views.widget import whole_number
 
 WIDTH_PX = 720
 Value = int | float | str
+Chosen = TypeVar("Chosen")
 Place = tuple[str, Value]  # a control, and the value that a click on a mark gives it
 
 
@@ -128,6 +130,12 @@ def accepted(controls: Sequence[Control], name: str, value: object) -> Value:
             return known
     listed = ", ".join(map(str, values[:8])) + (f" … {values[-1]}" if len(values) > 8 else "")
     raise MiniVLLMError(f"{name} must be one of {listed}, not {short(value)}")
+
+
+def with_control(chosen: Chosen, controls: Sequence[Control], name: str, value: object) -> Chosen:
+    """The frozen dataclass of a view's controls with one value changed. Raises MiniVLLMError as `accepted` does."""
+    changed = {name: accepted(controls, name, value)}
+    return replace(chosen, **changed)  # type: ignore[type-var]  # a dataclass
 
 
 def seek(steps: tuple[int, int, int] | None, value: object) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from minivllm.course.calculators import Accelerator, accelerator, compute_ms, read_ms
 from minivllm.course.calculators.model_fields import Config
+from minivllm.course.step_work import CountedModel, counted_model
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Event, EventBus, StepRan
 from minivllm.trace import Trace
@@ -22,7 +23,7 @@ from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.sources import LiveSource, Source, TraceSource
 from minivllm.views.stacked_bars import HEIGHT, PARTS, Bar, StepParts, stacked_bars
-from minivllm.views.step_work import CountedModel, compute_dtype, counted_model, ms
+from minivllm.views.step_work import compute_dtype, ms
 from minivllm.views.theme import counted
 
 NUM_KEPT = 240  # steps of a long run

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from minivllm.course.calculators import compute_ms, decode_step_ms, kv_bytes_of_sequence, num_active_parameters
 from minivllm.course.calculators.units import plain
-from minivllm.views.sketch import WIDTH_PX, Choice, Control, SketchPicture, Slider, accepted
+from minivllm.course.step_work import counted_model
+from minivllm.views.sketch import WIDTH_PX, Choice, Control, SketchPicture, Slider, with_control
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.stacked_bars import HEIGHT, PARTS, Bar, StepParts, stacked_bars
@@ -20,7 +21,6 @@ from minivllm.views.step_work import (
     as_words,
     chip_options,
     compute_dtype,
-    counted_model,
     model_options,
     ms,
 )
@@ -65,8 +65,7 @@ class StepRegimes(SketchView):
         return draw(self._controls)
 
     def _moved(self, control: str, value: object) -> None:
-        known = {control: accepted(controls(self._controls), control, value)}
-        self._controls = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
+        self._controls = with_control(self._controls, controls(self._controls), control, value)
 
 
 def draw(chosen: RegimeControls) -> RegimesPicture:

@@ -7,7 +7,7 @@ from minivllm.errors import MiniVLLMError
 from minivllm.events import Event, EventBus
 from minivllm.trace import Trace
 from minivllm.views.block_map_picture import provenance
-from minivllm.views.sketch import accepted, seek
+from minivllm.views.sketch import seek, with_control
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.sources import LiveSource, Source, TraceSource
 from minivllm.views.step_timeline_fold import TimelineFold, TimelineState
@@ -59,5 +59,4 @@ class StepTimeline(SketchView):
             is_newest = picture["steps"] is not None and step == picture["steps"][1]
             self._controls = replace(self._controls, step=None if is_newest else step)
             return
-        known = {control: accepted(picture["controls"], control, value)}
-        self._controls = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
+        self._controls = with_control(self._controls, picture["controls"], control, value)

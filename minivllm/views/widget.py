@@ -76,7 +76,8 @@ class View(anywidget.AnyWidget):
         self._publisher.stop()
 
     def close(self) -> None:
-        self.stop()
+        if hasattr(self, "_publisher"):  # a view whose making failed has none, and is closed all the same
+            self.stop()
         super().close()
 
     def png(self) -> bytes:

@@ -21,13 +21,13 @@ from minivllm.course.calculators import (
     tail_waste,
 )
 from minivllm.course.numeric_forms import Form, Problem, Slip
-from minivllm.course.questions.models import GROUPED, any_of
+from minivllm.course.questions.models import GROUPED, any_of, in_words
 
 
 def fragmentation_of_holes(random: Random) -> Problem:
     holes = [random.randint(2, 40) for _ in range(random.randint(4, 6))]
     truth = external_fragmentation(holes)
-    ask = f"The free slots lie in holes of {_in_words(holes)}. What percent of them can no contiguous request use?"
+    ask = f"The free slots lie in holes of {in_words(holes)}. What percent of them can no contiguous request use?"
     slips = (
         Slip("longest run for fragmentation", 100 - float(truth)),
         Slip("holes counted", 100 * (1 - 1 / len(holes))),
@@ -122,7 +122,7 @@ def empty_slots_of_requests(random: Random) -> Problem:
     size, lengths = random.choice([16, 32, 64]), [random.randint(10, 400) for _ in range(4)]
     empty = empty_slots(lengths, size)
     truth = Worked(sum(map(int, empty)), "slots", (*empty.derivation, f"empty slots in all = {sum(map(int, empty))}"))
-    ask = f"Four requests hold {_in_words(lengths)} tokens in blocks of {size}. How many slots are empty in all?"
+    ask = f"Four requests hold {in_words(lengths)} tokens in blocks of {size}. How many slots are empty in all?"
     slips = (
         Slip("waste of a whole block", size * len(lengths)),
         Slip("mean for these lengths", (size - 1) / 2 * len(lengths)),
@@ -215,10 +215,6 @@ def best_order(random: Random) -> Problem:
         Slip("share for its complement", 100 - float(truth)),
     )
     return Problem(ask, "%", truth, slips)
-
-
-def _in_words(numbers: list[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 FORMS: dict[str, Form] = {

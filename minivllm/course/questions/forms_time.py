@@ -28,13 +28,13 @@ from minivllm.course.calculators import (
     weight_bytes,
 )
 from minivllm.course.numeric_forms import Form, Problem, Slip
-from minivllm.course.questions.models import CARDS, LARGE, ON_ONE_CARD, any_of, with_parameters
+from minivllm.course.questions.models import CARDS, LARGE, ON_ONE_CARD, any_of, in_words, with_parameters
 
 
 def idle_in_a_batch(random: Random) -> Problem:
     lengths = [random.randint(5, 200) for _ in range(random.randint(4, 6))]
     truth = static_idle_share(lengths)
-    ask = f"A static batch generates {_in_words(lengths)} tokens. What percent of its slots' steps are idle?"
+    ask = f"A static batch generates {in_words(lengths)} tokens. What percent of its slots' steps are idle?"
     slips = (
         Slip("share for its complement", 100 - float(truth)),
         Slip("shortest for mean", 100 * (1 - min(lengths) / max(lengths))),
@@ -45,7 +45,7 @@ def idle_in_a_batch(random: Random) -> Problem:
 def steps_with_free_slots(random: Random) -> Problem:
     slots, lengths = random.choice([2, 3, 4]), [random.randint(5, 90) for _ in range(random.randint(7, 9))]
     ask = (
-        f"Requests of {_in_words(lengths)} output tokens wait in this order for {slots} slots. A free slot is filled "
+        f"Requests of {in_words(lengths)} output tokens wait in this order for {slots} slots. A free slot is filled "
         "at once, a step makes one token for each running request. How many decode steps in all?"
     )
     slips = (
@@ -224,10 +224,6 @@ def workers_for_a_decoder(random: Random) -> Problem:
         Slip("generated tokens forgotten", float(truth) * output),
     )
     return Problem(ask, "workers", truth, slips)
-
-
-def _in_words(numbers: list[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 FORMS: dict[str, Form] = {

@@ -1,5 +1,6 @@
 """Public models that questions draw from, and the sentence that describes one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -22,6 +23,11 @@ ON_ONE_CARD = (
 )
 WINDOWED = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-3-4b-text", "gemma-3-12b-text", "gemma-3-27b-text")
 CARDS = ("a100-80gb-sxm", "h100-sxm", "h200-sxm")
+
+
+def in_words(numbers: Sequence[int]) -> str:
+    """in_words([3, 5, 8]) == "3, 5 and 8"."""
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 @dataclass(frozen=True)
