@@ -58,6 +58,27 @@ def test_layer_and_head_controls_choose_the_bytes() -> None:
     assert picture["address"] == hex(0x10000 + 13 * 96 + 2 * 32)
 
 
+def test_words_control_says_it_as_an_operating_system_would_and_where_that_breaks() -> None:
+    _, table = linked()
+    table.move("token", 5)
+    assert table.drawn()["notes"] == []
+    table.move("words", "operating system")
+    picture = table.drawn()
+    assert [(link.label, link.value) for link in picture["chain"]][:5] == [
+        ("virtual address", "5"), ("virtual page", "1"), ("offset in the page", "1"), ("page frame", "2"),
+        ("physical address", "9"),
+    ]  # fmt: skip
+    assert picture["chain"][3].formula == "page_table[1] ="
+    assert [note.split(":")[0] for note in picture["notes"]] == ["holds", "holds", *["breaks"] * 4]
+    assert "2 blocks of this table are in another table too" in picture["notes"][1]
+    assert "all 3 blocks are in the pool" in picture["notes"][2] and "block_table[1]" in picture["notes"][4]
+    assert picture["notes"][2] in picture["text"] and len(table.png()) > 0
+    table.move("words", "engine")
+    assert table.drawn()["notes"] == [] and table.drawn()["chain"][0].label == "position"
+    with pytest.raises(MiniVLLMError):
+        table.move("words", "French")
+
+
 def test_request_control_shows_the_other_table_and_shared_blocks_have_equal_slots() -> None:
     _, table = linked()
     table.move("token", 5)

@@ -71,9 +71,8 @@ class Check:
         found = judge(problem, answer)
         title = f"{exercise.id} {exercise.title}"
         if found.state == "empty":
-            return Card(
-                "open", f"{title}: not answered yet", (problem.question, *choices_of(problem)), stub_of(problem)
-            )
+            how = f'Put your answer in place of the dots; ask("{exercise.id}") shows the question.'
+            return Card("open", f"{title}: not answered yet", (how,))
         if found.state == "malformed":
             return Card("wrong", f"{title}: not yet", found.lines)
         record = self._remember(exercise, found)

@@ -17,11 +17,14 @@ from minivllm.views.block_table_picture import (
     Translation,
     chosen_request,
     chosen_slot,
+    chosen_table,
     draw,
+    text_twin,
     translate,
 )
 from minivllm.views.block_table_png import block_table_image
 from minivllm.views.group_words import group_words
+from minivllm.views.os_words import OPERATING_SYSTEM, WORDS, as_paging, limits
 from minivllm.views.pool_fold import header_count
 from minivllm.views.pool_state import PoolState
 from minivllm.views.widget import View, in_words, script, whole_number
@@ -55,7 +58,7 @@ class BlockTable(View):
         return chosen_slot(self._block_map.state, self._controls)
 
     def move(self, control: str, value: object) -> None:
-        """Controls: request (an id), group (of layers), token (a position), layer, kv_head, page (of tokens)."""
+        """Controls: request (an id), group (of layers), token (a position), layer, kv_head, page, words (whose)."""
         if control == "token":
             self._keep_request()
         super().move(control, value)
@@ -76,6 +79,12 @@ class BlockTable(View):
         groups = group_words(self._block_map.source.header, state)
         picture = draw(state, controls, texts, found, self._num_layers, self._num_kv_heads, groups)
         picture["status"] = " ".join(problems)
+        picture["choices_of_words"] = WORDS
+        if controls.words == OPERATING_SYSTEM and request:
+            picture["chain"] = as_paging(picture["chain"])
+            picture["notes"] = limits(state, request, place, len(groups))
+            table = chosen_table(state, controls)
+            picture["text"] = text_twin(picture["title"], table, picture["chain"], picture["notes"])
         return picture
 
     def image(self) -> Image.Image:
@@ -97,6 +106,8 @@ class BlockTable(View):
             case "kv_head":
                 kv_head = whole_number("kv_head", value, 0, self._num_kv_heads - 1)
                 self._controls = replace(controls, kv_head=kv_head)
+            case "words" if value in dict(WORDS):
+                self._controls = replace(controls, words=str(value))
             case "page":
                 self._controls = replace(controls, page=whole_number("page", value, 0, 2**31))
             case _:

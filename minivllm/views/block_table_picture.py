@@ -85,6 +85,9 @@ class BlockTablePicture(Picture):
     num_layers: int
     kv_head: int
     num_kv_heads: int
+    words: str  # whose: the engine's, or an operating system's
+    choices_of_words: list[tuple[str, str]]
+    notes: list[str]  # where the analogy holds and where it breaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class TableControls:
     layer: int = 0
     kv_head: int = 0
     page: int | None = None
+    words: str = "engine"
 
 
 def translate(position: int, block_ids: Sequence[int], block_size: int) -> Translation:
@@ -156,7 +160,7 @@ def draw(
     return {
         "title": title,
         "aria": f"Block table. {title}",
-        "text": _text_twin(title, table, chain),
+        "text": text_twin(title, table, chain),
         "status": "",
         "requests": [(r.request_id, request_words(r)) for r in _choices(state, request)],
         "request": request.request_id if request else None,
@@ -176,6 +180,9 @@ def draw(
         "num_layers": num_layers,
         "kv_head": controls.kv_head,
         "num_kv_heads": num_kv_heads,
+        "words": controls.words,
+        "choices_of_words": [],
+        "notes": [],
     }
 
 
@@ -264,10 +271,10 @@ def _values(controls: TableControls, found: SlotBytes | None) -> list[tuple[str,
     return [(name, [f"{value:+.3f}" for value in vector[:NUM_VALUES]]) for name, vector in vectors]
 
 
-def _text_twin(title: str, table: Sequence[int], chain: list[Link]) -> str:
+def text_twin(title: str, table: Sequence[int], chain: list[Link], notes: Sequence[str] = ()) -> str:
     """Only whole numbers: values and addresses differ between machines."""
     pairs = [f"{i}→{block_id}" for i, block_id in enumerate(table)]
     more = f" and {len(pairs) - 32} more" if len(pairs) > 32 else ""
     lines = [title, f"  table (logical→physical): {' '.join(pairs[:32])}{more}"]
     lines += [f"  {link.label}: {link.formula} {link.value}".replace(":  ", ": ") for link in chain]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])

@@ -19,6 +19,7 @@ def block_table_image(picture: BlockTablePicture) -> Image.Image:
     rows = _chain_rows(picture["chain"])
     top = 10 + len(wrapped(picture["title"], WIDTH_PX - 8, 13)) * 18
     height = top + len(entries) * ENTRY_PX + len(rows) * LINK_PX + len(picture["values"]) * 16 + 8
+    height += len(picture["notes"]) * 18
     canvas = Canvas(WIDTH_PX + 8, height)
     canvas.paragraph(4, 4, picture["title"], WIDTH_PX - 8, 13)
     y: float = top
@@ -28,6 +29,9 @@ def block_table_image(picture: BlockTablePicture) -> Image.Image:
     for row in rows:
         _draw_links(canvas, row, y)
         y += LINK_PX
+    for note in picture["notes"]:
+        canvas.text(4, y, note, 11)
+        y += 18
     for name, numbers in picture["values"]:
         canvas.text(4, y, f"{name} = [{', '.join(numbers)}, …]", 11)
         y += 16

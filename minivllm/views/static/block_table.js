@@ -67,11 +67,13 @@ function controls(model) {
   const groupLabel = labelled("group", group);
   const layer = dropdown("layer", (value) => send(model, "layer", Number(value)));
   const head = dropdown("KV head", (value) => send(model, "kv_head", Number(value)));
+  const words = dropdown("words", (value) => send(model, "words", value));
   const page = () => model.get("picture").page;
   const earlier = button("◀ earlier", "earlier tokens", () => send(model, "page", page() - 1));
   const later = button("later ▶", "later tokens", () => send(model, "page", page() + 1));
   const root = element("div", { class: "mv-row" }, [
-    labelled("request", request), groupLabel, labelled("layer", layer), labelled("KV head", head), earlier, later,
+    labelled("request", request), groupLabel, labelled("layer", layer), labelled("KV head", head),
+    labelled("words", words), earlier, later,
   ]);
   return {
     root,
@@ -81,6 +83,7 @@ function controls(model) {
       groupLabel.hidden = picture.groups.length < 2;
       fillDropdown(layer, range(picture.num_layers), picture.layer);
       fillDropdown(head, range(picture.num_kv_heads), picture.kv_head);
+      fillDropdown(words, picture.choices_of_words, picture.words);
       earlier.hidden = later.hidden = picture.num_pages < 2;
       earlier.disabled = picture.page === 0;
       later.disabled = picture.page === picture.num_pages - 1;
@@ -95,9 +98,10 @@ function render({ model, el }) {
   const chain = element("ol", { class: "mv-chain", "aria-label": "from position to bytes" });
   const values = element("tbody");
   const table = element("table", { class: "mv-numbers" }, values);
+  const notes = element("ul", { class: "mv-notes", "aria-label": "the analogy with paging" });
   const end = footer();
   const root = element("div", { class: "mv-view mv-view-block-table", role: "group" }, [
-    title, top.root, blocks, chain, table, end.root,
+    title, top.root, blocks, chain, notes, table, end.root,
   ]);
   put(el, {}, root);
   blocks.addEventListener("keydown", (event) => walk(model, model.get("picture"), event));
@@ -115,6 +119,8 @@ function render({ model, el }) {
     }
     const inMemory = picture.address ? [["address in memory", "", picture.address]] : [];
     put(chain, {}, chainLinks([...picture.chain, ...inMemory]));
+    put(notes, {}, picture.notes.map((note) => element("li", {}, note)));
+    notes.hidden = picture.notes.length === 0;
     put(values, {}, valueRows(picture.values));
     table.hidden = picture.values.length === 0;
     end.draw(picture);

@@ -1,0 +1,67 @@
+"""A live engine behind a block table: what its slots hold, what its tokens say, and buttons that drive it."""
+
+from collections.abc import Callable
+
+from minivllm.llm import LLM
+from minivllm.request import SamplingParams
+from minivllm.views.block_map import BlockMap
+from minivllm.views.block_table import SlotBytes
+from minivllm.views.engine_buttons import Action
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+class LiveTable:
+    """Reads an LLM for the views and drives it from buttons; `make(block_size)` builds another, with other blocks."""
+
+    def __init__(self, llm: LLM, make: Callable[[int], LLM] | None = None) -> None:
+        self.llm = llm
+        self._make = make
+        self._token_ids: dict[str, list[int]] = {}  # of requests seen, also when they have left the engine
+        self._maps: list[BlockMap] = []
+
+    def read_slot(self, layer: int, slot: int) -> SlotBytes:
+        """The bytes of a slot, from the live tensors."""
+        k, v = self.llm.storage.slot(layer, slot)
+        start = self.llm.storage.layers[layer].k.data_ptr()
+        head_bytes = k.stride(0) * k.itemsize
+        numbers = [tuple(map(tuple, tensor.float().tolist())) for tensor in (k, v)]
+        return SlotBytes(k.data_ptr() - start, k.data_ptr(), head_bytes, head_bytes, *numbers)
+
+    def token_texts(self, request_id: str) -> list[str]:
+        """What the tokens of a request say."""
+        self._token_ids |= {id_: request.token_ids for id_, request in self.llm.engine.requests.items()}
+        tokenizer = self.llm.tokenizer
+        assert tokenizer is not None, "a block table with words needs a model that has them"
+        return [tokenizer.decode([token_id]) for token_id in self._token_ids.get(request_id, [])]
+
+    def actions(self, *maps: BlockMap) -> dict[str, Action]:
+        """What the buttons do; `maps` follow the engine when the block size changes."""
+        self._maps = list(maps)
+        found: dict[str, Action] = {"add": self.add, "one step": self.step, "finish the oldest": self.finish}
+        return found | ({"block size": self.restart} if self._make else {})
+
+    def add(self, prompt: str) -> str:
+        generation = self.llm.text_engine.add(self.llm.text_engine.check(prompt), GREEDY)
+        return f"request {generation.request_id} waits with {len(generation.prompt.token_ids)} tokens"
+
+    def step(self, _: str = "") -> str:
+        self.llm.text_engine.step()
+        running = self.llm.engine.scheduler.running
+        said = [f"{r.id}: {r.num_computed} tokens in {len(r.block_ids)} blocks" for r in running]
+        return ", ".join(said) or "idle"
+
+    def finish(self, _: str = "") -> str:
+        oldest = next(iter(self.llm.engine.requests), None)
+        is_ended = oldest is not None and self.llm.text_engine.end(oldest)
+        return f"request {oldest} finished" if is_ended else "nothing runs"
+
+    def restart(self, block_size: str) -> str:
+        """Another engine with other blocks; the maps watch that one from now on."""
+        assert self._make is not None, "the slider is there only where another engine can be made"
+        self._token_ids.clear()
+        self.llm = self._make(int(block_size))
+        for block_map in self._maps:
+            block_map.watch(self.llm.events, self.llm.trace_header())
+        num_blocks = self.llm.engine.kv.pool.num_usable
+        return f"a new pool: {num_blocks} blocks of {block_size}; add a request"
