@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivllm import __version__, doctor
-from minivllm.errors import ConfigError, MiniVLLMError, RequestError
+from minivllm.errors import ConfigError, MiniVLLMError, RequestError, short
 from minivllm.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_lab(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--notebook", default="", metavar="NN", help="open this one, by number or name: 04")
     parser.add_argument("--port", type=int, default=8888, help="first port to try (default 8888)")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
 
@@ -77,8 +78,11 @@ def open_lab(options: argparse.Namespace) -> int:
         raise MiniVLLMError("jupyterlab is not installed: run `make lab`, or `pip install 'minivllm[lab]'`")
     if not 1 <= options.port <= 65535:
         raise ConfigError(f"--port must be from 1 to 65535, not {options.port}")
-    arguments = [
-        *(sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks_folder()}"),
+    folder = notebooks_folder()
+    opened = f"notebooks/{notebook_named(options.notebook, folder)}" if options.notebook else "notebooks"
+    arguments = [  # the root is the repository, so that a notebook's links into the engine open there
+        *(sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.parent}"),
+        f"--LabApp.default_url=/lab/tree/{opened}",
         *("--ip=127.0.0.1", f"--port={options.port}", "--ServerApp.answer_yes=True", "--log-level=WARN"),
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -97,6 +101,17 @@ def notebooks_folder() -> Path:
         if (root / "notebooks").is_dir():
             return root / "notebooks"
     raise MiniVLLMError("no notebooks folder here: run this inside a clone of the repository")
+
+
+def notebook_named(name: str, folder: Path) -> str:
+    """The file of a notebook by its number or the start of its name. Raises ConfigError where none or several fit."""
+    stem = Path(name).name.removesuffix(".ipynb").removesuffix(".py")
+    stem = stem.zfill(2) if stem.isdecimal() else stem
+    names = sorted(path.name for path in folder.glob("[0-9][0-9]_*.ipynb"))
+    found = [known for known in names if known.startswith(stem) or known[3:].startswith(stem)]
+    if len(found) != 1:
+        raise ConfigError(f"--notebook {short(name)} fits {found or 'none'}; there are: {', '.join(names)}")
+    return found[0]
 
 
 def has_browser() -> bool:

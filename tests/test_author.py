@@ -1,13 +1,14 @@
 """The author's kit: a new notebook runs as it comes from the template, and what is built is what is checked."""
 
 import re
+from base64 import b64encode
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 
-from minivllm.course.author import check, main, read_source, stale, tidied
+from minivllm.course.author import MOST_BYTES, check, main, pictures, read_source, stale, tidied
 from minivllm.course.new_notebook import TEMPLATE, new_notebook
 from minivllm.errors import ConfigError
 
@@ -18,6 +19,7 @@ def test_a_new_notebook_is_the_template_with_its_number_and_title(tmp_path: Path
     path = new_notebook(tmp_path, ["07", TITLE])
     assert path.name == "07_when_can_two_requests_own.py"
     assert f"# # 07 · {TITLE}" in path.read_text() and "NN" not in path.read_text()
+    assert f"/notebooks/{path.stem}.ipynb)" in path.read_text()  # what the badge opens
 
 
 def test_the_template_has_the_grammar_of_a_notebook() -> None:
@@ -57,6 +59,24 @@ def test_an_edited_source_is_stale(tmp_path: Path) -> None:
     path.write_text("# %%\nx = 2\n")
     assert not check(path, "07")
     assert stale(read_source(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)).startswith("differs")
+
+
+def test_too_large_notebooks_and_stale_pictures_are_refused(tmp_path: Path) -> None:
+    path, png = tmp_path / "07_x.py", b"not really a picture"
+    path.write_text('# %% tags=["readme:hero"]\nx = 1\n')
+    notebook = read_source(path)
+    notebook.cells[0].execution_count = 1
+    data = {"image/png": b64encode(png).decode(), "text/plain": "a picture"}
+    notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", data)]
+    nbformat.write(tidied(notebook), path.with_suffix(".ipynb"))
+    assert pictures(notebook, tmp_path) == {tmp_path / "pictures" / "hero.png": png}
+    assert not check(path, "07")  # the picture was never written
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "hero.png").write_bytes(png)
+    assert check(path, "07")
+    notebook.cells[0].outputs[0].data["text/plain"] = "x" * MOST_BYTES
+    nbformat.write(tidied(notebook), path.with_suffix(".ipynb"))
+    assert not check(path, "07")
 
 
 @pytest.mark.weights

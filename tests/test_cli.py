@@ -209,7 +209,23 @@ def test_lab_listens_here_only_keeps_its_token_and_may_run_as_root(
     assert ("--allow-root" in arguments) == is_root
     assert not any("token" in argument for argument in arguments)
     root_dir = next(a.split("=", 1)[1] for a in arguments if a.startswith("--ServerApp.root_dir="))
-    assert Path(root_dir) == Path(cli.__file__).parents[1] / "notebooks"
+    assert Path(root_dir) == Path(cli.__file__).parents[1]  # so that links from a notebook into the engine open
+    assert "--LabApp.default_url=/lab/tree/notebooks" in arguments
+
+
+@pytest.mark.usefixtures("jupyter_arguments")
+@pytest.mark.parametrize("name", ["05", "5", "05_block_table", "block_table", "notebooks/05_block_table.ipynb"])
+def test_lab_opens_one_notebook_by_number_or_name(name: str) -> None:
+    with pytest.raises(BecameError) as became:
+        cli.main(["lab", "--notebook", name])
+    assert "--LabApp.default_url=/lab/tree/notebooks/05_block_table.ipynb" in became.value.args[0]
+
+
+@pytest.mark.parametrize("name", ["77", "no_such", "*", "0x"])
+def test_lab_names_the_notebooks_there_are_when_none_fits(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["lab", "--notebook", name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"minivllm: --notebook '{name}' fits none; there are: ") and "05_block_table.ipynb" in said
 
 
 @pytest.mark.usefixtures("jupyter_arguments")

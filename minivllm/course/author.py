@@ -6,13 +6,15 @@
 
 The .py (jupytext percent) is the source; the .ipynb beside it holds the same cells with their outputs, without widget
 state, timings or random ids, so that a second build writes the same bytes. `check` compares sources, running nothing.
+The picture of a cell tagged "readme:NAME" is written to pictures/NAME.png too, for pages that show it.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jupytext
@@ -29,6 +31,8 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 CELL_TIMEOUT_S = 600
+MOST_BYTES = 250_000  # of a notebook that people can still review
+PICTURE_TAG = "readme:"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,15 +89,31 @@ def build(source: Path, label: str) -> bool:
     is_same = target.exists() and target.read_text() == text
     if not is_same:
         target.write_text(text)
+    for path, png in pictures(notebook, source.parent).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png)
     _progress("")
     print(f"{label}: {'unchanged' if is_same else 'written'}, {len(text) / 1000:.0f} kB")
     return True
 
 
+def pictures(notebook: NotebookNode, folder: Path) -> dict[Path, bytes]:
+    """The PNGs that tagged cells show, by the file each belongs in."""
+    found = {}
+    for cell in notebook.cells:
+        names = [tag.removeprefix(PICTURE_TAG) for tag in cell.metadata.get("tags", ()) if tag.startswith(PICTURE_TAG)]
+        shown = [o["data"]["image/png"] for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
+        found |= {folder / "pictures" / f"{name}.png": b64decode(png) for name in names for png in shown}
+    return found
+
+
 def check(source: Path, label: str) -> bool:
     """Whether the committed .ipynb holds the cells of its source, all of them run."""
     target = source.with_suffix(".ipynb")
-    problem = stale(read_source(source), nbformat.read(target, as_version=4)) if target.exists() else "is missing"
+    problem = "is missing"
+    if target.exists():
+        committed = nbformat.read(target, as_version=4)
+        problem = stale(read_source(source), committed) or unfit(target, pictures(committed, source.parent))
     if problem:
         print(f"{label}: {target.name} {problem}; run: make notebooks", file=sys.stderr)
     return not problem
@@ -109,6 +129,14 @@ def stale(source: NotebookNode, committed: NotebookNode) -> str:
         if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
             return f"has never run cell {i}"
     return ""
+
+
+def unfit(target: Path, shown: Mapping[Path, bytes]) -> str:
+    """What readers of the repository would stumble over: too many bytes, or a picture of another build."""
+    if target.stat().st_size > MOST_BYTES:
+        return f"has {target.stat().st_size / 1000:.0f} kB, more than {MOST_BYTES // 1000}: draw less"
+    old = [path.name for path, png in shown.items() if not path.exists() or path.read_bytes() != png]
+    return f"shows other pictures than {', '.join(old)}" if old else ""
 
 
 def read_source(path: Path) -> NotebookNode:

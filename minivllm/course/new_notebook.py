@@ -27,5 +27,6 @@ def new_notebook(folder: Path, words: Sequence[str]) -> Path:
     if taken:
         raise ConfigError(f"notebook {number} exists: {taken[0].name}; take another number or edit that one")
     target = folder / f"{number}_{slug}.py"
-    target.write_text(TEMPLATE.read_text().replace("TITLE", title).replace("NN", number))
+    text = TEMPLATE.read_text().replace("NN_name", target.stem)
+    target.write_text(text.replace("TITLE", title).replace("NN", number))
     return target

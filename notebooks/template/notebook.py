@@ -9,9 +9,18 @@
 # %% [markdown]
 # # NN · TITLE
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/minivllm/minivllm/blob/main/notebooks/NN_name.ipynb)
+#
 # Two or three sentences: what the reader sees every day, and what about it is strange. No answer yet.
 #
 # Run the cells in order, and guess before you look.
+
+# %%
+import importlib.util
+
+if importlib.util.find_spec("minivllm") is None:  # Colab, or a bare Jupyter
+    # %pip install -q "minivllm[lab] @ git+https://github.com/minivllm/minivllm"
+    importlib.invalidate_caches()
 
 # %%
 from minivllm import LLM, SamplingParams
@@ -19,16 +28,18 @@ from minivllm.course.check import ask, check
 from minivllm.course.predict import predict
 from minivllm.trace import Trace
 from minivllm.views.block_map import BlockMap
+from minivllm.views.flash_cards import FlashCards
 from minivllm.views.widget import Panel
 
 # %% [markdown]
 # ## Warm-up
 #
-# Two cards of earlier notebooks: answer aloud, then open.
-#
-# <details><summary>A question</summary>Its answer, in one line.</details>
-# <details><summary>Another one</summary>Its answer, in one line.</details>
-#
+# Two cards of earlier notebooks.
+
+# %%
+FlashCards(cards=("A1", "B1"))
+
+# %% [markdown]
 # ## 1. One question
 #
 # What the engine below does, in two sentences. Every mechanism is linked to the function that does it:
@@ -86,6 +97,9 @@ check("NN.1", ...)  # your answer for the dots
 # ## Exit quiz
 #
 # Three cards that join the deck: `minivllm quiz`.
+
+# %%
+FlashCards(cards=("C1", "C3", "C8.num"))
 
 # %%
 predict.calibration("NN")
