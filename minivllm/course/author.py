@@ -99,7 +99,7 @@ def build(source: Path, label: str) -> bool:
 
 def pictures(notebook: NotebookNode, folder: Path) -> dict[Path, bytes]:
     """The PNGs that tagged cells show, by the file each belongs in."""
-    found = {}
+    found: dict[Path, bytes] = {}
     for cell in notebook.cells:
         names = [tag.removeprefix(PICTURE_TAG) for tag in cell.metadata.get("tags", ()) if tag.startswith(PICTURE_TAG)]
         shown = [o["data"]["image/png"] for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]

@@ -1,14 +1,21 @@
 """A live engine behind a block table: what its slots hold, what its tokens say, and buttons that drive it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from minivllm.course.slot_bytes import SlotBytes
+from minivllm.events import EventBus
 from minivllm.llm import LLM
 from minivllm.request import SamplingParams
-from minivllm.views.block_map import BlockMap
-from minivllm.views.block_table import SlotBytes
-from minivllm.views.engine_buttons import Action
 
+Action = Callable[[str], str]  # what was typed -> what happened
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+class Follower(Protocol):
+    """A view that can be told to follow another engine."""
+
+    def watch(self, bus: EventBus, header: dict[str, object]) -> None: ...
 
 
 class LiveTable:
@@ -18,7 +25,7 @@ class LiveTable:
         self.llm = llm
         self._make = make
         self._token_ids: dict[str, list[int]] = {}  # of requests seen, also when they have left the engine
-        self._maps: list[BlockMap] = []
+        self._maps: Sequence[Follower] = ()
 
     def read_slot(self, layer: int, slot: int) -> SlotBytes:
         """The bytes of a slot, from the live tensors."""
@@ -35,9 +42,9 @@ class LiveTable:
         assert tokenizer is not None, "a block table with words needs a model that has them"
         return [tokenizer.decode([token_id]) for token_id in self._token_ids.get(request_id, [])]
 
-    def actions(self, *maps: BlockMap) -> dict[str, Action]:
+    def actions(self, *maps: Follower) -> dict[str, Action]:
         """What the buttons do; `maps` follow the engine when the block size changes."""
-        self._maps = list(maps)
+        self._maps = maps
         found: dict[str, Action] = {"add": self.add, "one step": self.step, "finish the oldest": self.finish}
         return found | ({"block size": self.restart} if self._make else {})
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from PIL import Image
 
+from minivllm.course.slot_bytes import SlotBytes
 from minivllm.errors import MiniVLLMError
 from minivllm.views.block_map import BlockMap
 from minivllm.views.block_table_picture import (
     BlockTablePicture,
-    SlotBytes,
     TableControls,
     Translation,
     chosen_request,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
+from minivllm.course.slot_bytes import SlotBytes
 from minivllm.errors import MiniVLLMError
 from minivllm.views.picture import Picture
 from minivllm.views.pool_state import NULL_BLOCK, PoolState, RequestState
@@ -22,22 +23,6 @@ class Translation:
     offset: int
     block_id: int
     slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotBytes:
-    """What one slot of one layer holds: `k` and `v` are [num_kv_heads, head_size].
-
-    `byte_offset` is where KV head 0 begins, counted from the start of the layer's K tensor, and `address` is the
-    same place in the process's memory; the next head lies `head_stride_bytes` further; `num_bytes` is one head's K.
-    """
-
-    byte_offset: int
-    address: int
-    head_stride_bytes: int
-    num_bytes: int
-    k: tuple[tuple[float, ...], ...]
-    v: tuple[tuple[float, ...], ...]
 
 
 class Token(NamedTuple):
