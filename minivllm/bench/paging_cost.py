@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from minivllm.bench.paging_layouts import Keys, Run
 
 HEADS = (32, 8, 128)  # query heads, KV heads, head size: Llama-3-8B, Qwen3-8B
+SHAPE = {"heads": HEADS[0], "kv_heads": HEADS[1], "head_size": HEADS[2], "dtype": "bfloat16"}
 CONTEXTS, BATCHES = (256, 1024, 4096, 16384, 65536), (1, 8, 64)
 BLOCK_SIZES = (1, 8, 16, 32, 64, 128, 256)
 IN_ORDER, FEW = (1, 16, 256), (16, 64, 256)  # block sizes where the curve needs no more points
@@ -69,6 +71,14 @@ def main(argv: Sequence[str]) -> int:
     facts = provenance(args.seed) | gpu_facts() | {"command": " ".join([parser.prog, *argv])}
     write_text(args.output, file_text({"provenance": facts, "roofs": roofs}, rows), "figures")
     return 0
+
+
+def live_figures(settings: Settings, milliseconds: int = 20) -> dict[str, object] | None:
+    """This machine's figures in the form of the file, for a notebook; None without triton and a GPU that knows bf16."""
+    if not find_spec("triton") or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
+        return None
+    rows, roofs = measure(settings, partial(timed, milliseconds=milliseconds))
+    return {"provenance": provenance(settings.seed) | gpu_facts(), "roofs": roofs, "shape": SHAPE, "rows": rows}
 
 
 def measure(settings: Settings, clock: Clock) -> tuple[list[Row], dict[str, object]]:
@@ -178,10 +188,8 @@ def bits_of(out: torch.Tensor) -> str:
 
 def file_text(figures: dict[str, object], rows: Sequence[Row]) -> str:
     """The file: figures first, then one line a row."""
-    query_heads, kv_heads, head_size = HEADS
-    shape = {"heads": query_heads, "kv_heads": kv_heads, "head_size": head_size, "dtype": "bfloat16"}
     lines = ",\n ".join(json.dumps(row) for row in rows)
-    return json.dumps({**figures, "shape": shape}, indent=1)[:-2] + f',\n "rows": [\n {lines}\n ]\n}}\n'
+    return json.dumps({**figures, "shape": SHAPE}, indent=1)[:-2] + f',\n "rows": [\n {lines}\n ]\n}}\n'
 
 
 def line(row: Row) -> str:
