@@ -226,7 +226,7 @@ print(f"free blocks: {num_free_before} -> {pool.num_free}")
 print("owners of the shared ones:", [pool.blocks[i].ref_count for i in shared])
 assert pool.num_free == num_free_before + len(private)
 
-# %%
+# %% tags=["readme:block_map"]
 third = text_engine.add(
     text_engine.check("One, two, three, four, five, six, seven, eight, nine"),
     GREEDY,

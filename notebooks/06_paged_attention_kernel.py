@@ -234,7 +234,7 @@ tiles.reveal(len(steps.turns))
 # Look at five things. Which entries of the table are read? Where do these blocks lie? What is masked? How do the
 # running maximum and sum change? And how close is the output so far to the finished one?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "readme:kernel_stepper"]
 KernelStepper(steps, program=0, turn=2)
 
 # %% [markdown]
@@ -404,7 +404,6 @@ print(f"the kernel that the engine calls: {100 * recorded.overhead(engine):.1f} 
 # which fetches far ahead, hardly does.
 #
 # ### Why so little?
-
 #
 # An entry is 4 bytes, and it leads to 16 tokens of 4,096 bytes of K and V each. Decode attention
 # waits for bytes in any case: it does 4 FLOPs for each, and the H200 could do 206. So a look-up hides in the wait,
