@@ -17,7 +17,7 @@ Invariant: the six sum to the pool. A shared block counts once. The moment is wh
 stored, and who ends with it has not left. Contents that were swapped to the host are no part of the pool.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from minivllm.course.memory_fold import Booked, MemoryFold, power_of_two, read_count
@@ -82,16 +82,23 @@ def memory_over_time(trace: Trace) -> list[MemoryUse]:
 
     Raises MiniVLLMError for a trace that does not, and for a header without the sizes.
     """
-    ran = {event.step: event for event in trace if isinstance(event, StepRan)}
     fold = MemoryFold(trace.header)
+    for _ in follow(fold, trace):
+        pass
+    num_slots = (fold.num_blocks - 1) * fold.block_size  # the null block holds nothing
+    bytes_per_slot = read_count(trace.header, "kv_bytes_per_token")
+    return [_split(booked, num_filled, num_slots, bytes_per_slot) for booked, num_filled in fold.booked()]
+
+
+def follow(fold: MemoryFold, trace: Trace) -> Iterator[StepRan]:
+    """Fold a whole trace, stopping at each step in the moment that counts: it has run, and nobody has left yet."""
+    ran = {event.step: event for event in trace if isinstance(event, StepRan)}
     for event in trace:
         step = ran.get(event.step)
         if step is not None and step.step != fold.last_step and _is_of_update(event, step):
             fold.book(step)
+            yield step
         fold.apply(event)
-    num_slots = (fold.num_blocks - 1) * fold.block_size  # the null block holds nothing
-    bytes_per_slot = read_count(trace.header, "kv_bytes_per_token")
-    return [_split(booked, num_filled, num_slots, bytes_per_slot) for booked, num_filled in fold.booked()]
 
 
 def saturated(uses: Sequence[MemoryUse], warm_up: float = 0.25) -> Sequence[MemoryUse]:
