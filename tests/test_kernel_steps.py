@@ -211,6 +211,16 @@ def test_without_triton_the_recording_answers_and_says_so(
     np.testing.assert_allclose(np.array(found.out), expected(given).numpy(), atol=1e-5)
 
 
+def test_where_the_interpreter_fails_the_recording_answers_and_gives_the_reason(
+    inputs: KernelInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "is_interpreting", lambda: False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    given, found = lab.stepped(replace(inputs, q=inputs.q * 2))
+    assert found.origin.startswith("recorded: the interpreter's process ended with 1 (it said nothing), so this is")
+    assert torch.equal(given.q, inputs.q)
+
+
 def test_compiled_kernels_cannot_be_watched(inputs: KernelInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "is_interpreting", lambda: False)
     with pytest.raises(ConfigError, match="TRITON_INTERPRET=1 before Python starts"):

@@ -30,7 +30,7 @@ from minivllm.provenance import provenance
 
 RECORDING = Path(__file__).parent / "recordings" / "kernel_steps.json"
 TILE_TOKENS = 16  # the least that the kernel takes: small enough to look at
-RECORDED = "recorded: this machine has no triton, so this is the launch that minivllm/lab/recordings holds"
+RECORDED = "recorded: {}, so this is the launch that minivllm/lab/recordings holds"
 Local = Callable[..., Any] | None  # the trace function of a frame
 Locals = Mapping[str, Any]  # a frame's variables
 Place = tuple[str, int]  # a function's name, and a line of its file
@@ -55,6 +55,10 @@ class KernelInputs:
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.q, self.k_cache, self.v_cache, self.block_table, self.num_tokens
+
+
+class InterpreterFailed(MiniVLLMError):
+    """Triton's interpreter could not run the kernel."""
 
 
 def example_inputs(seed: int = 0) -> KernelInputs:
@@ -90,14 +94,25 @@ def kernel_steps(inputs: KernelInputs) -> KernelSteps:
     if not (inputs.num_tokens > 0).all():
         raise MiniVLLMError("kernel steps: every request needs a token or more; leave the padded rows out")
     if find_spec("triton") is None:
-        return replace(KernelSteps.load(RECORDING), origin=RECORDED)
+        return recorded_steps("this machine has no triton")
     return step_here(inputs) if is_interpreting() else step_elsewhere(inputs)
 
 
 def stepped(inputs: KernelInputs) -> tuple[KernelInputs, KernelSteps]:
-    """The steps, and the inputs that they belong to: yours, or where there is no triton those of the recording."""
-    steps = kernel_steps(inputs)
-    return (inputs if find_spec("triton") else example_inputs()), steps
+    """The steps, and the inputs that they belong to: yours, or where they cannot be stepped those of the recording.
+
+    That is where there is no triton, or one whose interpreter fails: triton 3.6's does with numpy 2.4.
+    """
+    try:
+        steps = kernel_steps(inputs)
+    except InterpreterFailed as failure:
+        steps = recorded_steps(str(failure))
+    return (example_inputs() if steps.origin.startswith("recorded") else inputs), steps
+
+
+def recorded_steps(reason: str) -> KernelSteps:
+    """The launch on `example_inputs` that the package brings along; its `origin` gives the reason."""
+    return replace(KernelSteps.load(RECORDING), origin=RECORDED.format(reason))
 
 
 def step_elsewhere(inputs: KernelInputs) -> KernelSteps:
@@ -109,7 +124,7 @@ def step_elsewhere(inputs: KernelInputs) -> KernelSteps:
         run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
         if run.returncode:
             last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise MiniVLLMError(f"the interpreter's process ended with {run.returncode}: {last}")
+            raise InterpreterFailed(f"the interpreter's process ended with {run.returncode} ({last})")
         return KernelSteps.load(made)
 
 
