@@ -148,12 +148,16 @@ def assert_patterns_are_each_maps_own(notebook: Notebook) -> None:
 def assert_buttons_drive_the_engine(notebook: Notebook) -> None:
     """Add a hostile prompt, step, and follow one of its tokens on the live map and in the live tensors."""
     page = notebook.page
-    live, table = page.locator(MAP).last, page.locator(TABLE).last
+    live, table = in_panel(notebook, MAP), in_panel(notebook, TABLE)
     before = live.locator(".mv-title").text_content() or ""
-    page.locator(".mv-field").fill(f"One block, {HOSTILE}")
+    page.locator(".mv-view-engine-buttons .mv-field").fill(f"One block, {HOSTILE}")
     page.get_by_role("button", name="add", exact=True).click()
+    said = page.locator(".mv-view-engine-buttons .mv-detail")
+    expect(said).to_contain_text("waits with")
+    request_id = (said.text_content() or "").split()[1]
     page.get_by_role("button", name="one step", exact=True).click()
     expect(live.locator(".mv-title")).not_to_have_text(before)
+    table.get_by_label("request", exact=True).select_option(request_id)
     first, later = choose_token(table, 0), choose_token(table, 9)
     for found in (first, later):
         assert found["slot"] == found["physical block"] * 8 + found["offset"]
@@ -163,15 +167,22 @@ def assert_buttons_drive_the_engine(notebook: Notebook) -> None:
     assert page.locator(".mv-view img").count() == 0
 
 
+def in_panel(notebook: Notebook, view: str) -> Locator:
+    """The view that stands under the buttons."""
+    panels = notebook.page.locator(".widget-vbox").filter(has=notebook.page.locator(".mv-view-engine-buttons"))
+    return panels.last.locator(view)
+
+
 def assert_slider_starts_over(notebook: Notebook) -> None:
     """Another block size: a new pool on the same map, and the buttons drive it."""
     page = notebook.page
-    title = page.locator(f"{MAP} .mv-title").last
+    live = in_panel(notebook, MAP)
+    title = live.locator(".mv-title")
     page.get_by_label("block size", exact=True).focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator(".mv-view-engine-buttons")).to_contain_text("11 blocks of 16", timeout=30_000)
     expect(title).to_contain_text("0 of 11 blocks live")
-    expect(page.locator(MAP).last.locator("[data-block]")).to_have_count(12)
+    expect(live.locator("[data-block]")).to_have_count(12)
     page.get_by_role("button", name="add", exact=True).click()
     page.get_by_role("button", name="one step", exact=True).click()
     expect(title).not_to_contain_text("0 of 11 blocks live")
