@@ -35,7 +35,7 @@ from minivllm.course.predict import predict
 from minivllm.engine.allocators import Buddies, FirstFit, blocks_needed
 from minivllm.events import Preempted
 from minivllm.lab import allocator_study as paper
-from minivllm.lab.allocator_room import ALL, answer, deal, play_room, serve
+from minivllm.lab.allocator_room import ALL, answer, deal, play_room, serve, short_waits
 from minivllm.views.flash_cards import FlashCards
 from minivllm.views.memory_strip import MemoryStrip
 from minivllm.views.waste_bars import WasteBars
@@ -53,8 +53,9 @@ FlashCards(cards=("A4", "K1"))
 # ## 1. Three names for an empty slot
 #
 # A **slot** is room for the K and V of one token. Suppose that a request must have all its slots in one row: one
-# **contiguous run**, taken when it starts. How long must the run be? At that moment nobody knows how much the model
-# will write, so the server takes the longest request that it allows, `max_model_len`.
+# **contiguous stretch**, taken when it starts. How long must it be? At that moment nobody knows how much the model
+# will write, so the server takes the longest request that it allows, `max_model_len`. (The engine's code calls a
+# stretch a run. Here a **run** is one play of the engine, from its first step to its last.)
 #
 # Say 8,192 slots are reserved, the prompt has 2,000 tokens, the answer will have 1,000, and 400 are written by now.
 
@@ -74,8 +75,8 @@ assert int(never) == int(now.parts["internal"]) == 5192
 #
 # ## 2. By hand, then by the engine
 #
-# The PagedAttention paper (Kwon et al., SOSP 2023) gives OPT-13B a pool of 15,728 slots on a 40 GB card. The model's
-# longest request has 2,048 tokens.
+# The PagedAttention paper (Kwon et al., SOSP 2023) gives OPT-13B a pool of 15,728 slots on a 40 GB card. K and V of a
+# token take 819,200 bytes in its 40 layers. The model's longest request has 2,048 tokens.
 
 # %%
 fit = predict(
@@ -88,44 +89,49 @@ fit
 
 # %%
 by_hand = calc.contiguous_requests(paper.NUM_SLOTS, 2048)
-first_fit, runs = FirstFit(paper.NUM_SLOTS), []
+first_fit, taken = FirstFit(paper.NUM_SLOTS), []
 while first_fit.fits(2048):
-    runs.append(first_fit.take(2048))
+    taken.append(first_fit.take(2048))
 print(by_hand)
-print("the engine's runs:", runs[0], runs[1], "...", runs[-1])
-assert len(runs) == int(by_hand) == 7
-fit.reveal(len(runs))
+print("the engine's stretches:", taken[0], taken[1], "...", taken[-1])
+print(calc.slots_to_bytes(paper.NUM_SLOTS, paper.BYTES_PER_SLOT))
+assert paper.BYTES_PER_SLOT == 819_200 and len(taken) == int(by_hand) == 7
+fit.reveal(len(taken))
 
 # %% [markdown]
 # Twelve gibibytes, seven requests. What they hold plays no part in that.
 #
 # That was [`FirstFit`](../minivllm/engine/allocators.py): the lowest hole that is long enough. Now let requests
-# leave. Three runs of 8 fill a row of 24; the outer two end. Does a run of 10 fit?
+# leave. Three stretches of 8 fill a row of 24; the outer two are let go. Does a stretch of 10 fit?
 
 # %%
 row = FirstFit(24)
 a, b, c = (row.take(8) for _ in range(3))
 row.free(a)
 row.free(c)
-print("free: 8 + 8 = 16 slots; a run of 10 fits:", row.fits(10))
-print("a run of 8 fits:", row.fits(8))
+print("free: 8 + 8 = 16 slots; a stretch of 10 fits:", row.fits(10))
+print("a stretch of 8 fits:", row.fits(8))
 assert not row.fits(10) and row.fits(8)
 
 # %% [markdown]
 # Sixteen slots are free, ten are wanted, and the answer is no. This is **external fragmentation**.
 #
-# The second way to place runs is by **buddies** ([`Buddies`](../minivllm/engine/allocators.py)). Every run has a length
-# of 2, 4, 8, ... A run that is too long is split in halves; two halves that are both free again are merged. It is fast,
-# and it rounds: who wants 25 gets 32.
+# The second way to place stretches is by **buddies** ([`Buddies`](../minivllm/engine/allocators.py)). Every stretch has
+# a length of 1, 2, 4, 8, ... One that is too long is split in halves; two halves that are both free again are merged.
+# It is fast, and it rounds: who wants 25 gets 32.
 
 # %%
 heap = Buddies(16)
 three, five = heap.take(3), heap.take(5)
 print("3 ->", three, "   5 ->", five)
 print("another 5 fits:", heap.fits(5), "   a 4 fits:", heap.fits(4))
-heap.free(five)
-assert heap.take(5) == range(8, 16)  # split, freed, merged, and split the same way
 assert not heap.fits(5) and heap.fits(4)
+heap.free(five)
+print("5 freed: a 16 fits:", heap.fits(16))  # 0 to 4 is taken: nothing to merge with
+assert not heap.fits(16)
+heap.free(three)  # 0 to 4 merges with 4 to 8, and that with 8 to 16
+print("3 freed too: a 16 fits:", heap.fits(16))
+assert heap.take(16) == range(16)
 assert int(calc.next_power_of_two(25)) == 32
 
 # %% [markdown]
@@ -138,6 +144,9 @@ assert int(calc.next_power_of_two(25)) == 32
 # - `contiguous` reserves `max_model_len` (48) for each.
 # - `oracle` is told every length beforehand, and reserves just that.
 # - `paged` reserves nothing: one block of 4 slots at a time, any block, when it is needed.
+#
+# Requests are called r0, r1, r2, ... in the order in which they come. The deck is shuffled first, so r11 is not
+# `small_deck[11]`.
 
 # %%
 small_deck = [(4 + i % 9, 4 + 7 * i % 29) for i in range(40)]  # (prompt, output)
@@ -160,15 +169,35 @@ Panel(strip)
 # Above, the pool by address; below, all steps of the run. Press play, drag, or click a column. In the step shown, a
 # request waits although more slots are free than it needs: the grey pieces do not lie side by side.
 #
-# Then choose `paged` and play it from the start: requests grow block by block, and no grey piece is too small for the
-# next block. Choose `contiguous`: most of what you see is hatched. How fast did each write the same 300 tokens?
+# Then choose `contiguous`: about two fifths of the pool is hatched, more than holds a token. Choose `paged` and play
+# it from the start: requests grow block by block, and any grey block serves. How fast did each write the same 300
+# tokens?
 
 # %%
+means = {name: average(memory_over_time(trace)) for name, trace in small.items()}
+print("mean of all steps, %:", *(f"{part:>9}" for part in paper.PARTS))
 for name, trace in small.items():
     most = max(use.num_requests for use in memory_over_time(trace))
-    print(f"{name:11} {trace.last_step:3} steps, at most {most:2} requests at once")
+    cells = (f"{getattr(means[name], part):9.1f}" for part in paper.PARTS)
+    print(f"{name:21}", *cells, f" {trace.last_step:3} steps, at most {most} at once")
 steps = [trace.last_step for trace in small.values()]
 assert steps == sorted(steps, reverse=True)
+assert 35 < means["contiguous"].internal < 45
+assert means["contiguous"].internal > means["contiguous"].live
+
+# %% [markdown]
+# Some grey is left when `paged`, and the strip counts it as external. It is no hole of the wrong shape: any free block
+# would do. There are only **too few** of them for the first request of the queue, which needs room for its whole
+# prompt at once. It waits, and the blocks with it. Here is every such wait:
+
+# %%
+waits = short_waits(small["paged"])
+for wait in waits[:4]:
+    print(
+        f"step {wait.step:2}: {wait.request_id} needs {wait.need}, {wait.free} are free"
+    )
+print(f"{len(waits)} waits; in each fewer slots are free than are needed")
+assert waits and all(wait.free < wait.need for wait in waits)
 
 # %% [markdown]
 # ## 4. The figure of 2023, played again
@@ -214,7 +243,7 @@ times
 
 # %%
 bars = WasteBars(play_room, paper.FIGURE_2, paper.NAMES)
-columns = bars.columns
+traces, columns = traces, bars.columns  # of this run, wherever the sliders go
 for name, published in paper.FIGURE_2.items():
     for part, told in zip(paper.PARTS, published, strict=True):
         ours = getattr(columns[name].shares, part)
@@ -223,7 +252,8 @@ print(f"every part of every bar is within {paper.TOLERANCE:g} points of the pape
 live.reveal(columns["contiguous"].shares.live)
 
 # %%
-gap = bars.drawn()["gap"]
+at_once = {name: column.shares.num_requests for name, column in columns.items()}
+gap = at_once["paged"] / at_once["contiguous"]
 assert 4 < gap < 6  # the paper's figure 13 has 30.42 / 7.00 = 4.3
 times.reveal(gap)
 
@@ -232,7 +262,8 @@ strip_of_bars = MemoryStrip.beside(bars)
 Panel(bars, strip_of_bars)
 
 # %% [markdown]
-# The sliders play the engine again, all four allocators, and the strip below follows. Try:
+# The sliders play the engine again, all four allocators, and the strip below follows. The cells below keep to the
+# first run. Try:
 #
 # - `max_model_len` 4,096: the same requests, a longer promise. What happens to `contiguous`, and what to `paged`?
 # - the pool twice as large: does any *share* change?
@@ -257,16 +288,15 @@ assert min(wastes[:3]) > 61 and max(wastes[:3]) < 80 and wastes[3] < 4
 
 # %% [markdown]
 # So 60 to 80 percent goes three ways. With the longest promise most of it is **internal**. With buddies most of it is
-# **external**. And with known lengths and first fit, the best that a contiguous run can do, most of it is
-# **reserved**: the whole run is taken at the first step, for tokens that come hundreds of steps later.
+# **external**. And with known lengths and first fit, the best that a contiguous stretch can do, most of it is
+# **reserved**: the whole stretch is taken at the first step, for tokens that come hundreds of steps later.
 #
 # ## 5. "KV is large" is not the whole story
 #
-# All four columns have the same bytes, and a token costs the same in each. What differs is how many requests share
+# All four columns have the same 12 GiB, and a token costs the same in each. What differs is how many requests share
 # the weights that a step reads.
 
 # %%
-print(calc.slots_to_bytes(paper.NUM_SLOTS, paper.BYTES_PER_SLOT))
 print("OPT-66B:", calc.slots_to_bytes(9_700, 2_359_296))  # the paper prints 21 GB
 print("paper's vLLM:", calc.mean_live_tokens(0.963, paper.NUM_SLOTS, 30.42))
 for column in columns.values():
@@ -292,7 +322,7 @@ assert steps[0] > 4 * steps[-1]
 # filled. That is less than one block for each request, at every step.
 
 # %%
-paged = memory_over_time(bars.traces["paged"])
+paged = memory_over_time(traces["paged"])
 for use in paged:
     assert use.reserved + use.internal <= use.num_requests * (16 - 1)
 shares = average(saturated(paged))
@@ -341,17 +371,18 @@ assert blocks_needed(3000, 128) == 24 and 24 * 128 == 3072
 assert memory_over_time(one)[0].internal == int(calc.empty_slots(3001, 128)) == 71
 
 # %% [markdown]
-# Second: free blocks that the head of the queue cannot use yet, because its prompt needs more of them.
+# Second: the free blocks of section 3, too few for the prompt at the head of the queue. They are the external part of
+# `paged`.
 #
 # And the history is still there. Paging removes the empty slots, not the full ones: a pool of honest tokens runs out
 # too. Then a running request gives its blocks back and starts again later. It is **preempted** (notebook 11).
 
 # %%
-preempted = [e for e in bars.traces["paged"] if isinstance(e, Preempted)]
+preempted = [e for e in traces["paged"] if isinstance(e, Preempted)]
 fullest = max(paged, key=lambda use: use.live)
 print(f"{len(preempted)} preemptions; at the fullest step {fullest.live:,} slots live")
 assert preempted and fullest.live > 0.98 * paper.NUM_SLOTS
-assert not [e for e in bars.traces["contiguous"] if isinstance(e, Preempted)]
+assert not [e for e in traces["contiguous"] if isinstance(e, Preempted)]
 
 # %% [markdown]
 # A reservation never has to be taken back: that is the one thing it buys.
@@ -380,19 +411,20 @@ for spread in (1.0, 0.75, 0.5, 0.25, 0.0):
     runs = [
         serve(n, squeezed, num_tokens=34_000, **sizes) for n in ("contiguous", "paged")
     ]
-    fit, paged_fit = (
+    num_fit, paged_fit = (
         average(saturated(memory_over_time(r))).num_requests for r in runs
     )
-    gaps.append(paged_fit / fit)
+    gaps.append(paged_fit / num_fit)
     print(
-        f"spread {spread:4.0%}, longest {longest:5,}: {fit:4.1f} requests at once, "
+        f"spread {spread:4.0%}, longest {longest:5,}: {num_fit:4.1f} requests at once, "
         f"{paged_fit:.1f} when paged, {gaps[-1]:.2f} times"
     )
 assert gaps == sorted(gaps, reverse=True) and gaps[0] > 4 and gaps[-1] < 1.6
 equal_gap.reveal(gaps[-1])
 
 # %% [markdown]
-# The same as a picture, with the paper's bars beside it. The toggle is in the list of requests: "All lengths equal".
+# The same as a picture: "All lengths equal" in the list of requests. The paper measured no such requests, so its bars
+# are not there.
 
 # %%
 equal = WasteBars(play_room, paper.FIGURE_2, paper.NAMES, lengths="equal")
@@ -400,6 +432,7 @@ assert len(set(deal("sharegpt", spread=0, max_model_len=512))) == 1
 wasted = [column.shares.internal for column in equal.columns.values()]
 assert max(wasted) < 4 and equal.drawn()["gap"] < gap / 3
 assert abs(equal.drawn()["gap"] - gaps[-1]) < 0.01
+assert all(column.published is None for column in equal.columns.values())
 
 # %%
 Panel(equal)
@@ -421,9 +454,10 @@ brief = {
     )
     for name in ("contiguous", "paged")
 }
-at_once = [average(saturated(memory_over_time(t))).num_requests for t in brief.values()]
-print(f"{at_once[0]:.1f} requests at once, or {at_once[1]:.1f} when paged")
-assert 1 <= at_once[1] / at_once[0] < 1.05
+uses = [average(saturated(memory_over_time(trace))) for trace in brief.values()]
+num_fit, paged_fit = (shares.num_requests for shares in uses)
+print(f"{num_fit:.1f} requests at once, or {paged_fit:.1f} when paged")
+assert 1 <= paged_fit / num_fit < 1.05
 
 # %% [markdown]
 # Three percent. Paging pays where requests are long-lived, of unlike lengths, and grow. Where they are not, it does
@@ -445,7 +479,7 @@ llm = LLM(
 )
 prompts = ["The capital of France is", "A paged KV cache", "Once upon a time there was"]
 prompts += ["1, 2, 3, 4,", "Water boils at", "The block table says"]
-answers = {name: answer(llm, name, prompts, max_tokens=16) for name in ALL}
+answers = {name: answer(llm, name, prompts, max_tokens=12) for name in ALL}
 for name, told in answers.items():
     print(
         f"{name:13} at once {told.most_at_once}, steps {told.num_steps}, "
@@ -454,13 +488,13 @@ for name, told in answers.items():
 
 # %%
 assert len({told.tokens for told in answers.values()}) == 1
-assert len({told.tables for told in answers.values()}) > 1
+assert len({told.tables for told in answers.values()}) == len(ALL) == 5
 assert answers["contiguous"].most_at_once == 160 // 64 == 2
 assert answers["paged"].most_at_once == len(prompts)
 print(repr(llm.get_tokenizer().decode(answers["paged"].tokens[0])))
 
 # %% [markdown]
-# Five layouts, one text. Contiguous runs are consecutive block ids, paged tables are scattered, and attention computes
+# Five layouts, one text. Contiguous stretches are consecutive block ids, paged tables are scattered, and attention computes
 # the same sums over the same keys. An explanation of PagedAttention that changes the equation is wrong; one that only
 # says "there is a cache" has not begun.
 #
@@ -487,14 +521,14 @@ ask("04.3")
 
 # %%
 class MyBuddies:
-    """Runs of 2**k places: split in halves to fit, merged when both are free."""
+    """Stretches of 2**k places: split in halves to fit, merged when both are free."""
 
     def __init__(self, num_places):
-        self.starts = {num_places: [0]}  # of the free runs, by length
+        self.starts = {num_places: [0]}  # of the free stretches, by length
 
     def take(self, size): ...
 
-    def free(self, run): ...
+    def free(self, stretch): ...
 
 
 check("04.3", MyBuddies)
@@ -542,7 +576,5 @@ FlashCards(cards=("B3", "B2.num", "B5", "B6.num", "B7", "B8"))
 predict.calibration("04")
 
 # %%
-for view in (strip, bars, strip_of_bars, equal):
-    view.stop()
 pool = llm.engine.kv.pool
 assert not llm.engine.has_work and pool.num_free == pool.num_usable  # nothing leaked

@@ -35,7 +35,7 @@ from minivllm.engine.allocators import blocks_needed
 from minivllm.engine.tables import slot_of
 from minivllm.events import Preempted
 from minivllm.lab.invariants import check_invariants
-from minivllm.lab.live_table import GREEDY, LiveTable
+from minivllm.lab.live_table import GREEDY, LiveTable, resized
 from minivllm.trace import Trace
 from minivllm.views.bars import Bars
 from minivllm.views.block_map import BlockMap
@@ -59,20 +59,10 @@ FlashCards(cards=("B1", "B4"))
 # `llm.engine.kv.pool` is the pool of blocks. Ours is small enough to see: 23 blocks of 8 tokens. Block 0 is the
 # **null block**: nobody owns it, it only pads tables to equal length.
 
-
 # %%
-def small_pool(block_size: int = 8) -> LLM:
-    """184 slots, in blocks of any size."""
-    return LLM(
-        "smollm2-135m",
-        dtype="float32",
-        block_size=block_size,
-        num_blocks=1 + 184 // block_size,
-        show_progress=False,
-    )
-
-
-llm = small_pool()
+llm = LLM(
+    "smollm2-135m", dtype="float32", block_size=8, num_blocks=24, show_progress=False
+)
 text_engine, pool = llm.text_engine, llm.engine.kv.pool
 llm.generate(["Once", "Twice", "Three times"], GREEDY, use_tqdm=False)
 llm.reset_prefix_cache()  # a pool that has worked: its free list is out of order
@@ -174,10 +164,10 @@ guess_growth = predict("05.p3", "12 more steps, blocks of 8: how many new blocks
 guess_growth
 
 # %%
-lengths = []
+lengths = [(request.num_computed, len(request.block_ids))]
 for _ in range(12):
-    lengths.append((request.num_computed, len(request.block_ids)))
     text_engine.step()
+    lengths.append((request.num_computed, len(request.block_ids)))
 print("tokens stored, blocks:", lengths)
 assert all(blocks == blocks_needed(tokens, 8) for tokens, blocks in lengths)
 guess_growth.reveal(len(request.block_ids) - num_blocks)
@@ -241,15 +231,15 @@ Panel(BlockMap.replay(trace))
 
 # %% [markdown]
 # That picture is a **replay**: drag the step slider, or press play. It is drawn from the recorded events by the
-# same code as the live map. The third request lives where the first one did:
-# [`BlockPool`](../minivllm/engine/block_pool.py) hands out whatever is free, and remembers no neighbours.
+# same code as the live map. The third request has a block that the first one had, and two
+# others: [`BlockPool`](../minivllm/engine/block_pool.py) hands out whatever is free, and remembers no neighbours.
 #
 # ## 6. Drive it yourself
 #
 # Type a prompt, add it, take a step, let one finish. Move the slider to start over with another block size.
 
 # %%
-room = LiveTable(llm, small_pool)
+room = LiveTable(llm)
 live_map = BlockMap.follow(llm.events, llm.trace_header(), past=trace.events)
 live_table = BlockTable(live_map, room.token_texts, room.read_slot)
 sizes = [1, 2, 4, 8, 16, 32]
@@ -262,19 +252,13 @@ Panel(buttons, live_map, live_table)
 # ## 7. Which block size?
 #
 # Small blocks waste little and make long tables; large ones the reverse. Here are three prompts of 21, 70 and 130
-# tokens at five sizes, right after their first step (random weights: only the lengths matter).
+# tokens at five sizes, right after their first step. Each size gets an engine of its own, on the same weights.
 
 
 # %%
 def tables_of(block_size: int) -> list[tuple[int, int]]:
     """Tokens stored and blocks taken by three prompts, after one step."""
-    small = LLM(
-        "smollm2-135m",
-        load_format="dummy",
-        block_size=block_size,
-        num_blocks=1 + 768 // block_size,
-        show_progress=False,
-    )
+    small = resized(llm, block_size, num_slots=768)
     for num_tokens in (21, 70, 130):
         prompt = [100 + i for i in range(num_tokens)]
         small.text_engine.add(small.text_engine.check(prompt), GREEDY)
@@ -407,8 +391,9 @@ check("05.6", ...)
 #   instead when it is full. (Swapping to host memory exists, as one way to preempt: notebook 11.)
 # - "Each layer and each head has its own table." Section 2: one table, and the layer picker of the view only
 #   changes the tensor that is read. Only models that mix kinds of layers have several tables, one for each kind.
-# - "K and V must be contiguous somewhere." Section 4: table 2 names blocks that lie far apart, and no copy of them
-#   in order exists anywhere.
+# - "K and V must be contiguous somewhere." Section 4: table 2 names blocks that are not
+#   neighbours. What is stored stays there for good. (On a CPU torch's operators copy a request's blocks together in
+#   each step and drop the copy; the kernel of notebook 06 does not even do that.)
 #
 # **Say it out loud, in 60 seconds:** what does a block table map, who owns the blocks, and what did *not* change
 # about attention?

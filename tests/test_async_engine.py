@@ -133,6 +133,7 @@ def test_an_interrupted_cell_leaves_nothing(llm: LLM) -> None:
 
 
 def test_a_real_signal_in_the_loop_leaves_nothing(llm: LLM) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without one
     with AsyncEngine(llm) as engine:
         stream = engine.add([1, 2, 3], LONG)
         timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))

@@ -12,6 +12,7 @@ from minivllm.course.exercises import exercises, find
 from minivllm.course.exercises.compare import agrees
 from minivllm.course.exercises.exercise import CodeProblem, Problem
 from minivllm.course.exercises.nb05_code import append_slot
+from minivllm.course.judge import split
 from minivllm.course.progress import ProgressFile
 from minivllm.course.records import Kept
 from minivllm.views.answer_box import ExerciseBox, entries
@@ -267,3 +268,15 @@ def test_the_box_checks_what_was_typed_and_draws_again() -> None:
 )
 def test_a_list_is_typed_with_commas(typed: str, meant: object) -> None:
     assert entries(typed) == meant
+
+
+def test_a_list_may_be_typed_as_text_with_commas() -> None:
+    assert split("a, b, c") == ["a", "b", "c"] == split("a,b,c") == split("[a, b, c]")
+    assert split("1,024, 3 GiB, 0.5") == [1024, "3 GiB", 0.5] and split("1,024") == "1,024" and split([1, 2]) == [1, 2]
+    check = checker()
+    wanted = right_answer(check, "04.1")
+    assert isinstance(wanted, list)
+    assert check("04.1", ", ".join(map(str, wanted))).tone == "right"
+    slots = right_answer(check, "05.1")
+    assert isinstance(slots, tuple)
+    assert check("05.1", ", ".join(map(str, slots))).tone == "right"

@@ -17,12 +17,13 @@ def predictor() -> tuple[Predict, Kept]:
     return Predict(lambda: kept), kept
 
 
-def test_an_unfilled_prediction_is_red_and_the_answer_still_shows() -> None:
+def test_an_unfilled_prediction_is_red_stores_nothing_and_folds_the_answer() -> None:
     predict, kept = predictor()
     blocks = predict("05.1", "How many blocks?", ..., unit="blocks")
     assert blocks.card().tone == "open" and "No guess yet" in repr(blocks)
     assert "Answer: 3 blocks" in repr(blocks.reveal(3))
-    assert kept.read("guess", "05.1") == {"question": "How many blocks?", "unit": "blocks", "truth": 3}
+    assert "<details><summary>Answer</summary>3 blocks.</details>" in blocks.reveal(3)._repr_html_()
+    assert kept.read("guess", "05.1") is None
 
 
 def test_a_guess_cannot_be_changed_after_the_answer() -> None:
@@ -33,11 +34,12 @@ def test_a_guess_cannot_be_changed_after_the_answer() -> None:
     assert (kept.read("guess", "05.1") or {})["guess"] == 6
 
 
-def test_a_guess_cannot_be_made_after_the_answer() -> None:
+def test_who_runs_all_cells_first_can_still_guess_and_is_then_locked() -> None:
     predict, kept = predictor()
     predict("05.1", "How many?").reveal(3)
-    predict("05.1", "How many?", 3)
-    assert "guess" not in (kept.read("guess", "05.1") or {})
+    predict("05.1", "How many?", 6).reveal(3)
+    assert "stays as it was" in repr(predict("05.1", "How many?", 3))
+    assert (kept.read("guess", "05.1") or {})["guess"] == 6
 
 
 def test_a_guess_can_be_changed_before_the_answer() -> None:

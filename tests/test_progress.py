@@ -9,7 +9,7 @@ import pytest
 from fsrs import Card, Rating, Scheduler
 
 from minivllm.course import progress as module
-from minivllm.course.progress import Progress, ProgressFile, Review, default_path, from_json
+from minivllm.course.progress import Progress, ProgressFile, Review, default_path, fresh, from_json
 from minivllm.course.spacing import AGAIN, EASY, GOOD, HARD, due_at, reviewed
 from minivllm.errors import ConfigError
 
@@ -47,6 +47,10 @@ def test_export_and_import_carry_everything_to_another_machine(store: ProgressFi
     store.export(tmp_path / "copy.json")
     other = ProgressFile(tmp_path / "other.json")
     assert other.import_from(tmp_path / "copy.json") == full() == other.load()
+    other.update(lambda progress: fresh())
+    other.import_from(tmp_path / "copy.json")
+    assert (tmp_path / "other.bak").exists()  # what was here before
+    assert other.delete() and not (tmp_path / "other.bak").exists()
 
 
 def test_delete_forgets_everything(store: ProgressFile) -> None:
@@ -129,7 +133,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
 def test_importing_damage_keeps_what_there_was(store: ProgressFile, tmp_path: Path) -> None:
     store.update(lambda _: full())
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"bad\.json is damaged"):
+    with pytest.raises(ConfigError, match=r"bad\.json is damaged .*your progress is unchanged"):
         store.import_from(tmp_path / "bad.json")
     assert store.load() == full()
 

@@ -44,6 +44,8 @@ class Guess:
             return "right"
         if self.ratio is None:
             return "not the answer"
+        if 0.995 <= self.ratio < 1.005:
+            return "within 1%"
         factor, direction = (self.ratio, "large") if self.ratio > 1 else (1 / self.ratio, "small")
         return f"{factor:.3g} times too {direction}"
 

@@ -1,4 +1,4 @@
-"""Exercises in a notebook: `ask("05.1")` shows one, `check("05.1", answer)` judges, `solution("05.1")` shows how.
+"""Exercises in a notebook: `ask("05.1")` shows one, `check("05.1", answer)` judges, `check.solution("05.1")` shows how.
 
     ask("05.1").given["positions"]     the numbers drawn for this learner, for use in code
     check("05.2", append_slot)         a function is run beside the engine's
@@ -14,7 +14,7 @@ from inspect import getsource
 
 from minivllm.course.card import Card
 from minivllm.course.exercises import find
-from minivllm.course.exercises.exercise import CodeProblem, Exercise, Facts, Part, Problem, draw
+from minivllm.course.exercises.exercise import CodeProblem, Exercise, Facts, Part, Problem, draw, next_draw
 from minivllm.course.judge import LETTERS, Judgement, judge
 from minivllm.course.learner import open_records
 from minivllm.course.records import Record, Records
@@ -104,7 +104,7 @@ class Check:
 
     def _redraw(self, exercise: Exercise) -> Card:
         record = self.record(exercise)
-        record |= {"draw": count(record, "draw") + 1, "tries": 0}
+        record |= {"draw": next_draw(exercise, str(self.records.seed), count(record, "draw")), "tries": 0}
         self.records.write(KIND, exercise.id, record)
         return self._ask(exercise, {})
 
@@ -131,7 +131,8 @@ def hint_of(exercise: Exercise, num_tries: int) -> str:
     """The hint after so many wrong tries; when all are used, where the solution is."""
     if num_tries > len(exercise.hints):
         return (
-            f'All three hints are given. solution("{exercise.id}") shows the way; ask again with new numbers by redraw.'
+            f'All three hints are given. check.solution("{exercise.id}") shows the way, '
+            f'check.redraw("{exercise.id}") draws other numbers.'
         )
     return f"Hint {num_tries} of {len(exercise.hints)}: {exercise.hints[max(num_tries, 1) - 1]}"
 

@@ -1,10 +1,11 @@
 """Judges an answer to a drawn problem: right, a slip by its name, unwritten, or how far off. It raises nothing."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from minivllm.course.answer_units import in_unit, parsed, readings
+from minivllm.course.answer_units import in_unit, parsed, readings, unit_name
 from minivllm.course.exercises.compare import LARGEST, agrees, is_sequence, list_of, plain
 from minivllm.course.exercises.exercise import CodeProblem, Part, Problem, Slip
 from minivllm.course.general_slips import fraction_slip, general_slips
@@ -13,6 +14,7 @@ from minivllm.errors import short
 
 State = Literal["empty", "malformed", "wrong", "right"]  # malformed: no answer at all, which costs no try
 LETTERS = "abcdefghij"
+WORD = re.compile(r"(a|[a-z]{2,})(?=[ ,:;'])")  # not n + 1, e^x or num_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ def judge_parts(problem: Problem, answer: object) -> Judgement:
         return judge_part(parts[0], answer)
     if isinstance(answer, Mapping):
         answer = [answer.get(part.label) for part in parts]
+    answer = split(answer)
     if not is_sequence(answer) or len(list_of(answer)) != len(parts):
         labels = ", ".join(part.label for part in parts)
         return Judgement("malformed", (f"Give a list of {len(parts)} answers ({labels}), not {short(answer)}.",))
@@ -55,6 +58,24 @@ def judge_parts(problem: Problem, answer: object) -> Judgement:
     lines = [f"{p.label}: {' '.join(j.lines) or 'right'}" for p, j in zip(parts, found, strict=True)]
     lines = [line if j.state != "empty" else f"{p.label}: open" for p, j, line in zip(parts, found, lines, strict=True)]
     return Judgement(state, tuple(lines) if state != "right" else (), tuple(s for j in found for s in j.slips))
+
+
+def split(answer: object) -> object:
+    """ "a, b, c" as the list it stands for; numbers keep commas that have no space after them: "1,024, 3"."""
+    if not isinstance(answer, str):
+        return answer
+    parts = re.split(r"[;,]\s+", answer.strip().strip("[]()"))
+    if len(parts) == 1 and re.fullmatch(r"[A-Za-z](,[A-Za-z])+", parts[0]):
+        parts = parts[0].split(",")
+    return [number_or_words(part) for part in parts] if len(parts) > 1 else answer
+
+
+def number_or_words(text: str) -> object:
+    """An entry of a typed list: 12 and 1,024 as numbers, a letter or "3 GiB" as it stands."""
+    try:
+        return float(text.replace(",", "")) if "." in text else int(text.replace(",", ""))
+    except ValueError:
+        return text
 
 
 def judge_part(part: Part, answer: object) -> Judgement:
@@ -74,8 +95,15 @@ def judge_part(part: Part, answer: object) -> Judgement:
     fits = ((s, v) for s in known_slips(part) for v in values)
     slip = next((s for s, v in fits if agrees(s.answer, v, max(part.tolerance, 1e-3))), fraction_slip(part, values[0]))
     if slip is not None:
-        return Judgement("wrong", (f"{slip.name}. {slip.why}".strip().removesuffix(".") + ".",), (slip.name,))
+        return Judgement("wrong", (diagnosis(slip),), (slip.name,))
     return Judgement("wrong", (_how_far(part, values[0]),))
+
+
+def diagnosis(slip: Slip) -> str:
+    """Name and reason as two sentences, each with one mark at its end; a reason's first word begins large."""
+    why = slip.why
+    why = why[:1].upper() + why[1:] if WORD.match(why) else why
+    return " ".join(words if words.endswith((".", "?", "!")) else f"{words}." for words in (slip.name, why) if words)
 
 
 def known_slips(part: Part) -> list[Slip]:
@@ -100,7 +128,7 @@ def judge_code(problem: CodeProblem, subject: object) -> Judgement:
     found = got[index]
     result = found.words or f"gives {short(plain(found.value))}, wanted {short(plain(wanted[index].value))}"
     example = f"For ({shown_case(problem.cases[index])}) it {result}." if not found.error else f"It stopped: {result}."
-    named = (f"{slip.name}. {slip.why}".strip().removesuffix(".") + ".",) if slip else ()
+    named = (diagnosis(slip),) if slip else ()
     return Judgement("wrong", (*named, example), (slip.name,) if slip else ())
 
 
@@ -124,11 +152,14 @@ def _values(part: Part, given: object) -> list[object] | str:
         known = any(agrees(choice, given) for choice in part.choices)
         return [given] if known else f"Answer with a letter from a to {LETTERS[len(part.choices) - 1]}."
     if isinstance(part.answer, tuple):
+        given = split(given)
         if not is_sequence(given) or len(list_of(given)) != len(part.answer):
             return f"Give a list of {len(part.answer)} entries, not {short(given)}."
         return [given]
     if isinstance(given, str):
         number = parsed(given)
+        if number and unit_name(number) in part.refused_units:
+            return f"That is still {unit_name(number)}; convert it to {part.unit}."
         means = readings(number, part.unit) if number else []
         if not means:
             return f"Give a number in {part.unit or 'plain digits'}, not {short(given)}."

@@ -4,8 +4,9 @@
     blocks.reveal(num_blocks)                 # after the run: guess, truth and their ratio, stored for good
     predict.calibration("05")                 # all guesses of a notebook beside the truth
 
-An unfilled notebook shows red and goes on. A guess may be changed until its answer was revealed; running the cell again
-shows the one that is stored. A word from `choices` may be guessed instead of a number.
+An unfilled notebook shows red and goes on: without a guess nothing is stored, and the answer waits under a fold. A guess
+may be changed until its answer was revealed; running the cell again shows the one that is stored. A word from `choices`
+may be guessed instead of a number.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,10 @@ class Prediction:
         return _carded(self.id, lambda: _shown(self, self._guess(value)))
 
     def reveal(self, truth: object) -> Card:
-        """Store the truth with the guess, and compare. The first truth counts; later runs show what was stored."""
+        """Store the truth with the guess, and compare. The first truth counts; later runs show what was stored.
+
+        Without a guess the question stays open: who runs all cells first has lost nothing.
+        """
         return _carded(self.id, lambda: self._reveal(truth))
 
     def card(self) -> Card:
@@ -63,7 +67,7 @@ class Prediction:
             in_words = f"one number, in {self.unit}" if self.unit else "one number"
             wanted = f"one of {', '.join(self.choices)}" if self.choices else in_words
             return f"Guess {wanted}, not {short(value)}."
-        if "truth" in record:
+        if "truth" in record and "guess" in record:
             return "" if agrees(record.get("guess"), number) else "The answer is known: the guess stays as it was."
         self.records().write(KIND, self.id, {**record, "question": self.question, "unit": self.unit, "guess": number})
         return ""
@@ -73,6 +77,8 @@ class Prediction:
         if value is None:
             return Card("wrong", f"{self.id}: the answer must be a number or a choice, not {short(truth)}")
         record = self.record()
+        if "guess" not in record:
+            return _open(self, value)
         if "truth" not in record:
             record |= {"question": self.question, "unit": self.unit, "truth": value}
             self.records().write(KIND, self.id, record)
@@ -131,9 +137,9 @@ def _shown(prediction: Prediction, refused: str) -> Card:
     title = f"{prediction.id} Predict: {prediction.question}"
     choices = tuple(f"{a}) {words}" for a, words in zip(LETTERS, prediction.choices, strict=False))
     notes = (refused,) if refused else ()
-    if "truth" in record:
-        locked = f"your guess: {_with_unit(prediction, record['guess'])}" if "guess" in record else "no guess was made"
-        return Card("plain", title, (*notes, f"Answered already; {locked}."))
+    if "truth" in record and "guess" in record:
+        guess = _with_unit(prediction, record["guess"])
+        return Card("plain", title, (*notes, f"Answered already; your guess: {guess}."))
     if "guess" in record:
         stored = f"Your guess: {_with_unit(prediction, record['guess'])}. It can be changed until the answer shows."
         return Card("wrong" if refused else "plain", title, (*notes, stored))
@@ -141,11 +147,16 @@ def _shown(prediction: Prediction, refused: str) -> Card:
     return Card("open", title, tuple(filter(None, (*choices, *notes, f"No guess yet. {how}".strip()))))
 
 
+def _open(prediction: Prediction, truth: Answer) -> Card:
+    """The answer is known, the guess is not: the answer stays folded away."""
+    how = "Guess first: put yours in place of the dots, run that cell, then this one."
+    folded = ("Answer", f"{_with_unit(prediction, truth)}.")
+    return Card("open", f"{prediction.id} {prediction.question}", (f"No guess yet. {how}",), folded=folded)
+
+
 def _compared(prediction: Prediction, record: Record, note: str) -> Card:
     truth = f"Answer: {_with_unit(prediction, record['truth'])}."
     title, notes = f"{prediction.id} {prediction.question}", (note,) if note else ()
-    if "guess" not in record:
-        return Card("open", title, (truth, "No guess yet: next time write one down before you run this.", *notes))
     guess = _guess_of(prediction.id, record)
     words = f"Your guess: {_with_unit(prediction, record['guess'])}{f', {guess.verdict}' if guess.verdict else ''}."
     return Card("right" if guess.is_near else "wrong", title, (truth, words, *notes))

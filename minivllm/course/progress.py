@@ -67,12 +67,15 @@ class Progress:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
+RESTORE = "restore a copy with `minivllm quiz --import FILE`, or begin anew with `minivllm quiz --delete`"
+
+
 def fresh() -> Progress:
     """Nothing done yet; the seed makes this learner's numbers differ from the neighbour's."""
     return Progress(learner_seed=secrets.randbelow(10**9))
 
 
-def from_json(text: str, name: str) -> Progress:
+def from_json(text: str, name: str, remedy: str = RESTORE) -> Progress:
     """Progress as it was saved. Raises ConfigError, naming the file, where the text is damaged or too new."""
     try:
         raw = json.loads(text)
@@ -83,10 +86,7 @@ def from_json(text: str, name: str) -> Progress:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"{name} is damaged ({short(str(error))}): restore a copy with `minivllm quiz --import FILE`, "
-            "or begin anew with `minivllm quiz --delete`"
-        ) from error
+        raise ConfigError(f"{name} is damaged ({short(str(error))}): {remedy}") from error
 
 
 def default_path() -> Path:
@@ -155,15 +155,18 @@ class ProgressFile:
             raise ConfigError(f"cannot write {target} ({error.strerror}); choose another place") from error
 
     def import_from(self, source: Path) -> Progress:
-        """Replace everything by an exported file; a damaged file of ours is replaced too."""
-        progress = from_json(_read(source), str(source))
-        self.delete()
+        """Replace everything by an exported file, a damaged one of ours too; what was here stays beside it as .bak."""
+        remedy = "it is no export of `minivllm quiz --export`; your progress is unchanged"
+        progress = from_json(_read(source), str(source), remedy)
+        if self.path.exists():
+            self.path.replace(self.path.with_suffix(".bak"))
         return self.update(lambda _: progress)
 
     def delete(self) -> bool:
         """Forget everything; False where there was nothing."""
         existed = self.path.exists()
         self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".bak").unlink(missing_ok=True)
         return existed
 
 

@@ -1,12 +1,18 @@
 """A live engine behind a block table: what its slots hold, what its tokens say, and buttons that drive it."""
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from minivllm.course.slot_bytes import SlotBytes
+from minivllm.engine.engine import Engine
 from minivllm.events import EventBus
 from minivllm.llm import LLM
 from minivllm.request import SamplingParams
+from minivllm.runner.kv_storage import KVStorage
+from minivllm.runner.model_runner import ModelRunner
+from minivllm.text_engine import TextEngine
 
 Action = Callable[[str], str]  # what was typed -> what happened
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -18,12 +24,23 @@ class Follower(Protocol):
     def watch(self, bus: EventBus, header: dict[str, object]) -> None: ...
 
 
-class LiveTable:
-    """Reads an LLM for the views and drives it from buttons; `make(block_size)` builds another, with other blocks."""
+def resized(llm: LLM, block_size: int, num_slots: int) -> LLM:
+    """Another engine on the same weights, with a pool of its own: `num_slots` in blocks of another size."""
+    config = replace(llm.config, block_size=block_size, num_blocks=1 + num_slots // block_size)
+    other = copy.copy(llm)
+    other.storage = KVStorage(llm.model_config, config.num_blocks, block_size, llm.device, 0, llm.storage.groups)
+    other.runner = ModelRunner(llm.runner.model, llm.model_config, other.storage, llm.device)
+    other.engine = Engine(config, other.runner)
+    other.text_engine = TextEngine(other.engine, llm.tokenizer, llm.model, llm.model_config.vocab_size, llm.seed)
+    return other
 
-    def __init__(self, llm: LLM, make: Callable[[int], LLM] | None = None) -> None:
+
+class LiveTable:
+    """Reads an LLM for the views and drives it from buttons; another block size makes another engine on its weights."""
+
+    def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._make = make
+        self._num_slots = llm.engine.kv.pool.num_usable * llm.config.block_size
         self._token_ids: dict[str, list[int]] = {}  # of requests seen, also when they have left the engine
         self._maps: Sequence[Follower] = ()
 
@@ -45,8 +62,7 @@ class LiveTable:
     def actions(self, *maps: Follower) -> dict[str, Action]:
         """What the buttons do; `maps` follow the engine when the block size changes."""
         self._maps = maps
-        found: dict[str, Action] = {"add": self.add, "one step": self.step, "finish the oldest": self.finish}
-        return found | ({"block size": self.restart} if self._make else {})
+        return {"add": self.add, "one step": self.step, "finish the oldest": self.finish, "block size": self.restart}
 
     def add(self, prompt: str) -> str:
         generation = self.llm.text_engine.add(self.llm.text_engine.check(prompt), GREEDY)
@@ -65,9 +81,8 @@ class LiveTable:
 
     def restart(self, block_size: str) -> str:
         """Another engine with other blocks; the maps watch that one from now on."""
-        assert self._make is not None, "the slider is there only where another engine can be made"
         self._token_ids.clear()
-        self.llm = self._make(int(block_size))
+        self.llm = resized(self.llm, int(block_size), self._num_slots)
         for block_map in self._maps:
             block_map.watch(self.llm.events, self.llm.trace_header())
         num_blocks = self.llm.engine.kv.pool.num_usable

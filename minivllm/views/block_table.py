@@ -9,7 +9,7 @@ from dataclasses import replace
 from PIL import Image
 
 from minivllm.course.slot_bytes import SlotBytes
-from minivllm.errors import MiniVLLMError
+from minivllm.errors import MiniVLLMError, short
 from minivllm.views.block_map import BlockMap
 from minivllm.views.block_table_picture import (
     BlockTablePicture,
@@ -106,12 +106,12 @@ class BlockTable(View):
             case "kv_head":
                 kv_head = whole_number("kv_head", value, 0, self._num_kv_heads - 1)
                 self._controls = replace(controls, kv_head=kv_head)
-            case "words" if value in dict(WORDS):
-                self._controls = replace(controls, words=str(value))
+            case "words" if isinstance(value, str) and value in dict(WORDS):
+                self._controls = replace(controls, words=value)
             case "page":
                 self._controls = replace(controls, page=whole_number("page", value, 0, 2**31))
             case _:
-                raise MiniVLLMError(f"the block table has no control {control!r} that takes {value!r}")
+                raise MiniVLLMError(f"the block table has no control {short(control)} that takes {short(value)}")
 
     def _keep_request(self) -> None:
         """Whose token is chosen stays shown, even when it finishes and another holds blocks."""

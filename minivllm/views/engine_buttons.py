@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
-from minivllm.errors import MiniVLLMError
+from minivllm.errors import MiniVLLMError, short
 from minivllm.views.picture import Picture
 from minivllm.views.png import Canvas
 from minivllm.views.theme import NEUTRAL, clipped
@@ -83,9 +83,9 @@ class EngineButtons(View):
         """Press a button or move the slider. The action runs outside the view's lock: it may take its time."""
         action = self._actions.get(control)
         if action is None:
-            raise MiniVLLMError(f"there is no control {control!r}; there are: {', '.join(self._actions)}")
+            raise MiniVLLMError(f"there is no control {short(control)}; there are: {', '.join(self._actions)}")
         if control == self._slider and value not in self._values:
-            raise MiniVLLMError(f"{control} must be one of {self._values}, not {value!r}")
+            raise MiniVLLMError(f"{control} must be one of {self._values}, not {short(value)}")
         said = action(str(value or ""))
         with self._lock:
             if control == self._slider and isinstance(value, int):

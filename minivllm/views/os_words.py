@@ -30,7 +30,6 @@ def limits(state: PoolState, request: RequestState, place: Translation | None, n
         f"{'is' if num_shared == 1 else 'are'} in another table too",
         f"breaks: no page faults; all {counted(len(table), 'block')} are in the pool before a step begins",
         f"breaks: pages leave one by one; a running request gives back all {counted(len(table), 'block')} or none",
-        f"breaks: hardware walks a page table; here the kernel loads block_table[{entry}] itself, once for every "
-        f"{counted(state.block_size, 'token')}",
+        f"breaks: hardware walks a page table; here the kernel loads block_table[{entry}] itself, for each token",
         "breaks: a page holds bytes of anything; a block holds K and V of whole tokens",
     ]
