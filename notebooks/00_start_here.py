@@ -36,7 +36,7 @@ from minivllm.course.check import ask, check
 from minivllm.course.predict import predict
 from minivllm.course.progress import ProgressFile
 from minivllm.course.records import Kept
-from minivllm.lab.environment import environment
+from minivllm.lab.environment import environment, recorded_environment
 from minivllm.trace import Trace
 from minivllm.views.block_map import BlockMap
 from minivllm.views.environment_card import EnvironmentCard
@@ -71,7 +71,8 @@ llm = LLM(
 
 # %% [markdown]
 # **Predict.** Before each run you write a number down; a guess that is far off teaches more than none. Put yours in
-# place of the dots. It can be changed until the answer shows, and never after.
+# place of the dots. It can be changed until the answer shows, and never after. Without a guess the answer stays
+# folded away, and nothing is lost.
 #
 # The model will write one sentence on your machine. How long does one token take?
 
@@ -100,7 +101,8 @@ print(f"first token after {first_s * 1e3:.0f} ms: the whole prompt had to be rea
 token_time.reveal(float(per_token))
 
 # %% [markdown]
-# The first token waits for the whole prompt (**prefill**); each further one takes a step of its own (**decode**).
+# The question has five words, the prompt many more tokens: the **chat template**, the frame that says who speaks, adds
+# the rest. The first token waits for the whole prompt (**prefill**); each further one takes a step of its own (**decode**).
 # Which of the two is wasteful, and why, is notebook 01.
 #
 # Where did the sentence lie while it was written? Each square below is a **block**, room for 16 tokens. It is drawn
@@ -116,24 +118,31 @@ Panel(blocks)
 #
 # The same notebook runs in four ways: on a GPU with our own kernels, on a CPU with torch's functions, on a CPU with
 # those kernels in Triton's interpreter (exact, very slow), or as a **replay** of what another machine recorded. A
-# time means something only with the machine beside it, so look at this card first. Switch it to the recorded run.
+# time means something only with the machine beside it, so look at this card first. Switch it to one of the recordings.
 
 # %% tags=["nbval-ignore-output"]
 card = EnvironmentCard(
-    {"this engine": environment(llm), "a recorded run": trace.header}
+    {
+        "this engine": environment(llm),
+        "the run above, recorded": trace.header,
+        "an H200, recorded": recorded_environment(),
+    }
 )
 card
 
 # %% [markdown]
-# A saved trace needs no model at all: the file below could come from a GPU on another continent. Its card says so,
-# and every picture of the course draws it.
+# A recording needs no model to be drawn. The trace below is this process's own, saved and loaded again: its card names
+# the device that computed it a minute ago. The last line is of steps that were timed on another machine, a GPU that you
+# need not have; notebook 01 draws them.
 
 # %% tags=["nbval-ignore-output"]
 with tempfile.TemporaryDirectory() as folder:
     loaded = Trace.load(trace.save(Path(folder) / "run.json"))
 assert loaded.events == trace.events
-recorded = EnvironmentCard({"the file": loaded.header})
-print(recorded.facts)
+for facts in (loaded.header, recorded_environment()):
+    replayed = EnvironmentCard({"the file": facts})
+    print(facts.get("gpu") or facts["machine"], "|", replayed.facts["card"])
+    assert replayed.facts["mode"] == "replay of a recorded run"
 
 # %% [markdown]
 # `minivllm doctor`, in a terminal, says what else your machine has and lacks. The words come from
@@ -230,11 +239,16 @@ guesser = ReadinessRadar(Kept("a guesser"))
 for _ in range(20):
     guesser.move("answer", "a")
     guesser.move("hand in", "yes")
+subjects = guesser.drawn()["scores"]
+print(f"best subject {max(subject.share for subject in subjects):.0%}", end=", ")
+print(f"total {sum(s.num_right for s in subjects)} of 20")
 guesser
 
 # %% [markdown]
-# With four answers to choose from, guessing gets a quarter right on average, sometimes more: only what lies well
-# outside the dashed ring is knowledge. Note that each wrong number has a name. The same names count in the exercises and in the quiz, so you will see which slip is yours.
+# With four answers to choose from, guessing gets a quarter right on average. Still the guesser's polygon has corners
+# far outside the dashed ring: two or three questions cannot tell. Trust only the total, and take the corners as a hint
+# of where to begin. Note that each wrong number has a name. The same names count in the exercises and in the quiz, so
+# you will see which slip is yours.
 #
 # ## 6. The questions of the course
 #

@@ -50,7 +50,7 @@ from minivllm.lab.uncached import (
     uncached,
     wrong_positions,
 )
-from minivllm.views.attention_triangle import AttentionTriangle
+from minivllm.views.attention_triangle import AttentionTriangle, passes_of
 from minivllm.views.bars import Bars
 from minivllm.views.flash_cards import FlashCards
 from minivllm.views.logit_difference import LogitDifference
@@ -201,9 +201,10 @@ print((0.1 + 0.2) + 0.3, 0.1 + (0.2 + 0.3))
 assert (0.1 + 0.2) + 0.3 != 0.1 + (0.2 + 0.3)
 
 # %% [markdown]
-# Fix the order, and the difference is exactly 0: that is what `LLM(batch_invariant=True)` does on a CPU, for some
-# speed. The [test of this notebook](../tests/test_uncached.py) checks it on this model, and
-# `minivllm study equality` for the whole engine. **The cache is no approximation.**
+# So the cache approximates nothing; only the order of sums moves. `LLM(batch_invariant=True)` fixes that order on a
+# CPU, for some speed. It is an engine of its own, too large to stand beside this one, so no cell runs it: the
+# [test of this notebook](../tests/test_uncached.py) does, with this model and prompt, and finds a difference of 0 in
+# all 19 x 49,152 logits. `minivllm study equality` does it for the whole engine.
 #
 # ## 3. What does the cache not change?
 #
@@ -221,12 +222,16 @@ keys
 # %%
 print("keys read by each step:", *reused.num_keys_read)
 assert reused.num_keys_read == [*range(1, 20)] == without.num_keys_read
-assert sum(reused.num_keys_read) == 190  # the 190 did not vanish
+assert sum(reused.num_keys_read) == 190
+for name, run in runs.items():
+    scores = sum(each.num_scores for each in passes_of(name, run))
+    print(f"{name:15} {scores:5,} scores in each head of a layer, 19 steps together")
 keys.reveal(reused.num_keys_read[-1])
 
 # %% [markdown]
-# All of them. The 190 is still there: before, 190 tokens went through all matrices of the model; now 190 times the K
-# and V of a token are *read*. In bytes, as the engine's tensors hold them:
+# All of them. A **score** is one query that meets one key. Scores fall from 1,330, n (n + 1) (n + 2) / 6 or about
+# n³ / 6, to 190, n (n + 1) / 2 or about n² / 2, as no old query is asked again. What stays is that step n reads n keys,
+# each with its value. In bytes, as the engine's tensors hold them:
 
 # %%
 num_slots = llm.config.num_blocks * llm.config.block_size
@@ -244,7 +249,8 @@ Bars(
 
 # %% [markdown]
 # Is every one of them needed? An experiment: take the pass of step 19, and set the K of one old token to zero in all
-# layers. Each of the 18 old tokens gets its turn. If some key were not read, forgetting it would change nothing.
+# layers. Each of the 18 old tokens gets its turn. A blank key still gets a score, 0, and its value is still read; but
+# if some key were not read, blanking it would change nothing.
 
 # %%
 known = reused.token_ids[:-1]  # the 19 tokens that the last step stands on
@@ -252,9 +258,9 @@ past = record_past(llm, known)  # Q, K and V of the 18 old ones, by layer
 plain = logits_given(llm, known, past)
 moved = []
 for position in range(18):
-    forgotten = torch.tensor([position], device=past.k[0].device)
-    keys_without = [k.index_fill(0, forgotten, 0) for k in past.k]
-    logits = logits_given(llm, known, replace(past, k=keys_without))
+    blank = torch.tensor([position], device=past.k[0].device)
+    blanked = [k.index_fill(0, blank, 0) for k in past.k]
+    logits = logits_given(llm, known, replace(past, k=blanked))
     moved.append(greatest_difference(logits, plain))
 num_read = sum(distance > 100 * TOLERANCE for distance in moved)
 print(f"{num_read} of 18 old keys matter, by more than {100 * TOLERANCE} in some logit")
@@ -281,20 +287,22 @@ assert held == 19 * bytes_per_token < int(weights)
 # ## 4. Why K and V, but not Q?
 #
 # All three are rows that a token's hidden state is projected to, by one matrix
-# ([`SelfAttention.forward`](../minivllm/models/llama.py)). The engine stores two of them.
+# ([`SelfAttention.forward`](../minivllm/models/llama.py)). The engine stores two of them. The experiment: leave the K
+# and V of the 18 old tokens as the cache holds them, and replace only their queries.
 
 # %%
 queries = predict(
     "03.p4",
-    "Replace all old queries, in all layers, by noise. What happens to the next token?",
+    "Keep the cached K and V of the old tokens; replace only their queries by noise, "
+    "in all layers. What happens to the next token?",
     ...,
     choices=("its logits do not change", "they change a little", "it is nonsense"),
 )
 queries
 
 # %% [markdown]
-# K and V of the 18 old tokens stay what the cache would hold. Their queries become noise, ten times too large, in all
-# 30 layers. Then the same with the keys, and with one single value of the oldest token.
+# The noise is ten times too large, in all 30 layers. Then the same with the keys instead, and with one single value of
+# the oldest token.
 
 # %%
 torch.manual_seed(0)
@@ -328,8 +336,11 @@ assert (num_layers, num_planes) == (30, 2)
 # ## 5. A bug that nobody reports
 #
 # A new token must get its true position, the number of tokens stored before it: RoPE turns query and key by an angle
-# for it ([`rotate`](../minivllm/models/layers.py)). We now plant the classic mistake in the engine: every decoded
-# token gets a position that is one too large. Slots and tables stay right, so nothing crashes.
+# for it ([`rotate`](../minivllm/models/layers.py)). RoPE is **relative**: a score depends only on the difference of the
+# two angles, so on how far apart query and key stand. A shift of all positions alike would change nothing.
+#
+# We now plant a classic mistake in the engine: the prompt's token keeps its position, and every decoded token gets one
+# that is one too large. Slots and tables stay right, so nothing crashes. Which distances are wrong then?
 
 # %%
 bug = predict(
@@ -354,8 +365,9 @@ assert by_bug > 1000 * TOLERANCE
 bug.reveal(num_same)
 
 # %% [markdown]
-# The text can look right, and the second mistake still writes English. The logits tell at once: they are off by
-# thousands of tolerances. This is why an uncached run is worth having: it is the slow twin that is obviously right.
+# Among the decoded tokens all distances are right; here just those to the one token of the prompt are one too large.
+# That is why the text can look right. With "always 0" every distance among the decoded tokens is gone, and it still
+# writes English. The logits tell at once: they are off by thousands of tolerances. This is why an uncached run is worth having: it is the slow twin that is obviously right.
 
 # %% tags=["nbval-ignore-output"]
 LogitDifference(
@@ -407,7 +419,7 @@ AttentionTriangle({"all at once, as in training": once.trace, **runs}, texts)
 #
 # **03.1** `toy_forward` stands in for the model. It appends the "K and V" of the tokens it is given to the cache, and
 # its answer depends on all that is there and on the positions. Fill in the loop: the tokens of the slow loop, no
-# position computed twice.
+# position computed twice. Begin with an empty `cache` and a copy of the prompt.
 
 # %%
 cache = []
@@ -416,9 +428,9 @@ ask("03.1")
 
 
 # %%
-def generate(
-    forward, prompt, num_new
-): ...  # begin: cache, token_ids = [], list(prompt); five more lines
+def generate(forward, prompt, num_new):
+    """The num_new greedy tokens after the prompt, each position computed once."""
+    ...
 
 
 check("03.1", generate)
@@ -454,9 +466,9 @@ check("03.4", ...)  # the number of a line
 # ## Not true
 #
 # - "The cache approximates." Section 2: all tokens equal, logits apart by rounding, as two programs without any cache
-#   are; in a fixed order of sums, by nothing.
-# - "The cache removes the cost of attention." Section 3: step n still reads n keys and values, and forgetting any one
-#   moves the logits. It removes the repeated work in all the matrices.
+#   are. (In a fixed order of sums by nothing, says the test.)
+# - "The cache removes the cost of attention." Section 3: step n still reads n keys and values, and blanking any one
+#   moves the logits. It removes what was repeated: the work in all the matrices, and the scores of old queries.
 # - "The cache is for training." Section 6: 19 token-forwards with no cache at all.
 #
 # **Say it out loud, in 60 seconds:** what is stored and why not Q, what falls from n (n + 1) / 2 to n, what still grows

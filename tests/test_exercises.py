@@ -1,6 +1,8 @@
 """Exercises: the intended answer passes, typical wrong ones get the right diagnosis, twins agree with the engine."""
 
+import cmath
 import math
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -9,11 +11,13 @@ from minivllm_kernels.reference import paged_attention_twin
 
 from minivllm.course.calculators import merge_softmax
 from minivllm.course.exercises import exercises, find
-from minivllm.course.exercises.exercise import CodeProblem, Problem, draw
+from minivllm.course.exercises.claims import CLAIMS
+from minivllm.course.exercises.exercise import CodeProblem, Part, Problem, Slip, draw, next_draw
+from minivllm.course.exercises.nb01 import WORKLOADS
 from minivllm.course.exercises.nb03 import BUGS, LINES, generate, toy_forward
 from minivllm.course.exercises.nb05_code import append_slot, slot_mapping
 from minivllm.course.exercises.nb06_code import gather, kv_head_of, masked_scores, merge, online_update
-from minivllm.course.judge import judge
+from minivllm.course.judge import diagnosis, judge
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.tables import slot_of
 from minivllm.engine_config import EngineConfig
@@ -121,6 +125,81 @@ def test_every_bug_changes_its_line() -> None:
     assert all(LINES[number - 1] != bug for number, bug in BUGS)
 
 
+@pytest.mark.parametrize(("number", "bug"), BUGS)
+def test_every_bug_changes_what_the_step_gives(number: int, bug: str) -> None:
+    """RoPE is relative: a shift of all positions alike would change nothing, and be no bug."""
+    right = decode_steps(LINES)
+    assert decode_steps([bug if i == number else line for i, line in enumerate(LINES, 1)]) != pytest.approx(right)
+    shifted = ["position = len(cache) + 1" if i == 2 else line for i, line in enumerate(LINES, 1)]
+    assert decode_steps(shifted) == pytest.approx(right)
+
+
+def decode_steps(lines: Sequence[str], num_steps: int = 6) -> list[float]:
+    """Outputs of the six lines, run as they stand, on one head of two numbers, which RoPE turns by the position."""
+    random = Random(0)
+    rows = [[complex(random.gauss(0, 1), random.gauss(0, 1)) for _ in "qkv"] for _ in range(num_steps)]
+    names: dict[str, object] = {
+        "project": lambda hidden: rows[hidden],
+        "rope": lambda x, position: x * cmath.exp(1j * position),
+        "dot": lambda one, other: (one * other.conjugate()).real,
+        "softmax": lambda scores: [math.exp(x) / sum(map(math.exp, scores)) for x in scores],
+        "weighted_sum": lambda weights, values: sum(w * v for w, v in zip(weights, values, strict=True)),
+        "scale": 2**-0.5, "cache": [],
+    }  # fmt: skip
+    outputs: list[float] = []
+    for hidden in range(num_steps):
+        names["hidden"] = hidden
+        exec("\n".join(lines), names)
+        out = names["out"]
+        assert isinstance(out, complex)
+        outputs += [out.real, out.imag]
+    return outputs
+
+
+def test_gib_is_no_answer_where_gb_are_asked_for() -> None:
+    problem = draw(find("00.1"), "s", {})
+    assert isinstance(problem, Problem)
+    [part], gib = problem.parts, float(str(problem.given["gib"]))
+    for given in (f"{gib} GiB", f"{gib * 1024} MiB", f"{gib} gib", f"{gib * 2**20} KiB."):
+        found = judge(problem, given)
+        unit = {"g": "GiB", "G": "GiB", "M": "MiB", "K": "KiB"}[given.split()[1][0]]
+        assert (found.state, found.lines) == ("malformed", (f"That is still {unit}; convert it to GB.",))
+    answer = float(str(part.answer))
+    for right in (f"{answer:.3g}", f"{answer:.4g} GB", f"{answer * 1000} MB", f"{answer * 1e9:.0f} bytes"):
+        assert judge(problem, right).state == "right", right
+
+
+def test_1000_for_1024_and_dropped_digits_have_names() -> None:
+    part = Part(592 * 1024, (), "bytes")
+    problem = Problem("", (part,), ())
+    assert judge(problem, "592 KiB").state == "right"
+    assert judge(problem, "592 kB").slips == ("kB for KiB",)
+    assert judge(problem, 592 * 1.024 * 1.024 * 1e3).slips == ("KiB for kB",)
+    gb = Problem("", (Part(19.4, (), "GB"),), ())
+    assert judge(gb, 19).slips == ("rounded too far",) and judge(gb, "19.4 GB").state == "right"
+    assert judge(gb, 19.05).slips == ()
+
+
+def test_a_diagnosis_is_two_sentences() -> None:
+    assert diagnosis(Slip("null block counted", 1, "block 0 pads")) == "null block counted. Block 0 pads."
+    assert diagnosis(Slip("twice", 1, "is it counted twice?")) == "twice. Is it counted twice?"
+    assert diagnosis(Slip("n forgotten", 1, "n + 1 of them.")) == "n forgotten. n + 1 of them."
+    assert diagnosis(Slip("alone", 1)) == "alone."
+
+
+@pytest.mark.parametrize("id_", [id_ for id_ in IDS if id_ not in ("02.2", "03.3")])
+def test_redrawing_gives_another_problem(id_: str) -> None:
+    number, exercise = 0, find(id_)
+    for _ in range(6):
+        before, number = draw(exercise, f"example:{number}", {}), next_draw(exercise, "example", number)
+        after = draw(exercise, f"example:{number}", {})
+        if isinstance(before, CodeProblem) or isinstance(after, CodeProblem):
+            continue
+        told = [(p.question, [part.answer for part in p.parts]) for p in (before, after)]
+        assert told[0] != told[1]
+    assert next_draw(find("03.3"), "example", 4) == 5  # there is no other: its choices change places
+
+
 def test_the_puzzles_together_are_the_kernel_s_attention() -> None:
     """Gather, mask, update, group and merge over two splits, against the twin that the Triton kernels are held to."""
     random, (heads, kv_heads, size, length, block_size, tile) = Random(0), (6, 2, 4, 21, 4, 5)
@@ -144,6 +223,25 @@ def test_the_puzzles_together_are_the_kernel_s_attention() -> None:
                 state = online_update(*state, scores, v_tile)
             parts.append(state)
         assert merge(parts) == pytest.approx(wanted[0, head].tolist())
+
+
+def test_only_decodes_that_are_launched_at_once_wait_for_bandwidth() -> None:
+    """On an H200 a step of an 8B model took 22 ms as run and 5 ms as a graph: without one it is the host's."""
+    for words, bound in WORKLOADS:
+        if "decod" in words:
+            assert bound == ("bandwidth" if "CUDA graph" in words and "no CUDA graph" not in words else "overhead")
+    problem = drawn_problems("01.5")[0]
+    answer = problem.parts[0].answer
+    assert isinstance(answer, tuple)
+    found = judge(problem, ["memory" if word == "bandwidth" else word for word in answer])
+    assert found.slips == ("memory for bandwidth",)
+
+
+def test_every_claim_names_its_source_and_is_clearly_wrong() -> None:
+    for claim in CLAIMS:
+        assert claim.source and claim.source in claim.conclusion
+        assert max(claim.truth / claim.claimed, claim.claimed / claim.truth) > 1.4
+    assert all(any(claim.source in problem.question for claim in CLAIMS) for problem in drawn_problems("02.5"))
 
 
 def test_merging_agrees_with_the_calculator() -> None:

@@ -49,11 +49,24 @@ def test_card_control_switches_between_live_and_recorded() -> None:
     assert view.drawn()["title"].startswith("The CPU computes here, with torch; 67.1 MB of K and V hold 1,440 tokens")
     view.move("card", "a recorded run")
     assert view.drawn()["title"].startswith("Nothing is computed here: this run was recorded on cuda")
-    assert "no tensors in this process" in view.drawn()["text"]
+    assert "no tensors behind them" in view.drawn()["text"]
     view.move("unit", "binary")
     assert "64 MiB" in view.drawn()["title"]
     view.move("unit", "decimal")
     assert "67.1 MB" in view.drawn()["title"]
+
+
+def test_a_recording_of_another_machine_is_a_replay_that_says_nothing_of_this_one() -> None:
+    facts = lab.recorded_environment()
+    assert facts["gpu"] == "NVIDIA H200" and facts["model"] == "qwen3-0.6b" and facts["live"] == "recorded"
+    view = EnvironmentCard({"an H200": facts})
+    picture = view.drawn()
+    assert picture["title"] == "Nothing is computed here: this run was recorded on cuda, NVIDIA H200."
+    assert view.facts == {"mode": "replay of a recorded run", "card": DESCRIBED["replay of a recorded run"]}
+    assert "not here" not in picture["text"] and "not chosen" not in picture["text"] and picture["pool"] is None
+    assert "torch: 2.11.0+cu130" in picture["text"] and view.image().width > 100
+    cpu = lab.recorded_environment("forward_h200.json") | {"device": "cpu"}
+    assert EnvironmentCard({"a CPU": cpu}).drawn()["title"].endswith("was recorded on cpu.")
 
 
 def test_card_draws_the_longest_requests_that_fit() -> None:

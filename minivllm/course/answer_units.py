@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+BINARY_BYTES = tuple(f"{prefix}B" for prefix in BINARY)
 PREFIXES = {**DECIMAL, **BINARY}
 
 UNITS: dict[str, tuple[str, float]] = {  # name -> (what it measures, how many of the smallest)
@@ -73,6 +74,12 @@ def readings(given: Given, asked: str) -> list[Reading]:
     if unit in DECIMAL or unit == "K":
         return [Reading(given.number * DECIMAL[unit.replace("K", "k")] * size)]
     return [Reading(given.number * size)] if _stem(unit) == _stem(asked) else []
+
+
+def unit_name(given: Given) -> str:
+    """As UNITS has it: unit_name(Given(2.0, "gib")) == "GiB"; what it does not have, as it was typed."""
+    typed = given.unit.removesuffix(".")
+    return next((name for name in UNITS if name.lower() == typed.lower()), typed) if typed not in UNITS else typed
 
 
 def in_unit(value: float, unit: str) -> float:

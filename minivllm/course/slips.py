@@ -33,6 +33,7 @@ EXPLANATIONS = {
     "TB for TiB": "1 TiB is 2^40 bytes, 10% more than 1 TB: this number belongs to the other unit.",
     "TiB for TB": "1 TB is 10^12 bytes, 1 TiB is 2^40: this number belongs to the other unit.",
     "unit left out": "The digits are right in another unit: write the unit that you mean.",
+    "rounded too far": "Digits were dropped that count: give one more.",
     "share for its complement": "That is the other part: the two add up to 100%.",
     # memory
     "floor forgotten": "Only whole ones fit: round down.",

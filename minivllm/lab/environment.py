@@ -11,6 +11,7 @@ import torch
 
 from minivllm.attention import choose_backend
 from minivllm.errors import ConfigError
+from minivllm.lab.forward_sweep import RECORDINGS, load_sweeps
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
 
@@ -50,6 +51,13 @@ def kernel_environment(device: str) -> Facts:
         )
     attention = INTERPRETED if found["interpreter"] else COMPILED
     return {"device": device, "live": "live", "attention": attention, **provenance(0), **found}
+
+
+def recorded_environment(name: str = "forward_h200.json") -> Facts:
+    """What a recording that comes with the package says of the machine that made it: a GPU that need not be here."""
+    found = load_sweeps(RECORDINGS / name)[0]
+    device = "cuda" if found.provenance.get("gpu") else "cpu"
+    return {**found.provenance, "model": found.model, "dtype": found.dtype, "device": device, "live": "recorded"}
 
 
 def attention_words(backend: object, device: str) -> str:

@@ -103,7 +103,7 @@ def words_of(facts: Facts) -> str:
     """The card in one line: device, live or recorded, and what attends."""
     device = facts.get("device", "unknown")
     if mode_of(facts) == REPLAY:
-        return f"device: {device}; live: recorded; no tensors in this process"
+        return f"device: {device}; live: recorded; events only, no tensors behind them"
     return f"device: {device}; live: live; attention: {facts.get('attention', 'torch')}"
 
 
@@ -151,7 +151,7 @@ def missing(mode: str, facts: Facts) -> str:
     """What another way would take, as far as the facts say; "" where nothing is known of it."""
     if mode == REPLAY:
         return "Trace.load(path)"
-    if "gpu" not in facts:
+    if "gpu" not in facts or facts.get("live") != "live":  # the facts of another machine say nothing of this one
         return ""
     if mode == GPU:
         return "not here: no CUDA GPU" if not facts["gpu"] else "not chosen"
@@ -171,12 +171,17 @@ def _title(facts: Facts, pool: Pool | None, chosen: CardControls) -> str:
     where = {
         GPU: f"A GPU {verb} here", CPU: f"The CPU {verb} here, with torch",
         INTERPRETER: f"Triton's interpreter {verb} here, on the CPU",
-        REPLAY: f"Nothing is computed here: this run was recorded on {facts.get('device', 'an unknown device')}",
+        REPLAY: f"Nothing is computed here: this run was recorded on {_recorder(facts)}",
     }[mode_of(facts)]  # fmt: skip
     if pool is None:
         return f"{where}."
     size = f"{_sized(pool.num_bytes, chosen.unit)} of K and V hold {pool.usable_tokens:,} tokens"
     return f"{where}; {size}: {plain(pool.concurrency)} requests of {pool.longest:,}."
+
+
+def _recorder(facts: Facts) -> str:
+    device = str(facts.get("device", "an unknown device"))
+    return f"{device}, {facts['gpu']}" if facts.get("gpu") and device.startswith("cuda") else device
 
 
 def _sized(num_bytes: int, unit: str) -> str:
@@ -216,7 +221,7 @@ def _tiles(facts: Facts, mode: str) -> list[Mark]:
 def _pool_marks(pool: Pool | None, chosen: CardControls) -> list[Mark]:
     """The pool from left to right: one box for each longest request that fits, hatched what is left over."""
     if pool is None:
-        return [Words(4, POOL_Y, "No engine here, so no pool: a kernel was called by hand.", 11, "soft")]
+        return [Words(4, POOL_Y, "No pool is drawn: these facts name none that all layers share.", 11, "soft")]
     whole, end = int(pool.concurrency), WIDTH_PX - 4.0
     scale = (end - 4) / max(pool.concurrency, 1e-9)
     marks: list[Mark] = [Words(4, POOL_Y - 16, f"The pool: {_sized(pool.num_bytes, chosen.unit)} of K and V", 12)]

@@ -45,6 +45,7 @@ class Part:
     label: str = ""
     choices: tuple[str, ...] = ()
     share: float = 0.01  # of a fraction by which it may be off
+    refused_units: tuple[str, ...] = ()  # where converting is what is asked: an answer in these is none
 
     @property
     def tolerance(self) -> float:
@@ -104,6 +105,20 @@ def draw(exercise: Exercise, seed: str, facts: Facts) -> Problem | CodeProblem:
         if isinstance(problem, CodeProblem) or all(part.is_clear for part in problem.parts):
             break
     return problem  # facts of a run stay as they are: there the first slip that fits is named
+
+
+def next_draw(exercise: Exercise, seed: str, number: int) -> int:
+    """The number of the next draw that poses another problem than draw `number`, where there is another."""
+    before = draw(exercise, f"{seed}:{number}", {})
+    later = range(number + 1, number + 1 + MOST_DRAWS)
+    return next((i for i in later if _asks_other(draw(exercise, f"{seed}:{i}", {}), before)), number + 1)
+
+
+def _asks_other(one: Problem | CodeProblem, other: Problem | CodeProblem) -> bool:
+    """Other numbers, or other lines; the same choices in another order are the same problem."""
+    if isinstance(one, CodeProblem) or isinstance(other, CodeProblem):
+        return getattr(one, "cases", ()) != getattr(other, "cases", ())
+    return (one.question, [p.answer for p in one.parts]) != (other.question, [p.answer for p in other.parts])
 
 
 def named(wrong: Mapping[str, object]) -> tuple[Slip, ...]:

@@ -2,6 +2,7 @@
 
 from random import Random
 
+from minivllm.course.answer_units import BINARY_BYTES
 from minivllm.course.calculators import time_per_output_token_ms, tokens_in_pool
 from minivllm.course.exercises.exercise import Exercise, Facts, Part, Problem, choice, named
 from minivllm.course.exercises.place import Place
@@ -22,12 +23,12 @@ def binary_to_decimal(random: Random, facts: Facts) -> Problem:
         "GB for GiB: 1 GiB is 7.4% more than 1 GB, so the number of GB is larger, not the same": size,
         "divided instead of multiplied: GB are the smaller units, so there are more of them": size * GB / GIB,
         "bits for bytes": answer * 8,
-        "one step of 1024 only: from GiB to bytes there are three steps of 1024, not one": size * 1.024,
+        "one step of 1024 only: From GiB to bytes there are three steps of 1024, not one": size * 1.024,
         "unit left out": size * GIB,
     }
-    question = f"A card has {size:g} GiB free. How many GB is that?"
+    question = f"A card has {size:g} GiB free. How many GB is that? Give three digits: 1% off is near enough."
     working = (f"{size:g} × 2^30 B = {size * GIB:,.0f} B", f"{size * GIB:,.0f} B / 10^9 = {answer:.4g} GB")
-    return Problem(question, (Part(answer, named(slips), "GB"),), working, {"gib": size})
+    return Problem(question, (Part(answer, named(slips), "GB", refused_units=BINARY_BYTES),), working, {"gib": size})
 
 
 def tokens_in_the_pool(random: Random, facts: Facts) -> Problem:
@@ -43,11 +44,11 @@ def tokens_in_the_pool(random: Random, facts: Facts) -> Problem:
     worked = tokens_in_pool(pool, per_token)
     answer = int(worked)
     slips = {
-        "null block counted: block 0 only pads tables, no request can own it": num_blocks * block_size,
+        "null block counted: Block 0 only pads tables, no request can own it": num_blocks * block_size,
         "blocks for slots": usable,
-        "bytes for tokens: divide the pool's bytes by those of one token": pool,
-        "two blocks too few: only block 0 is set aside": (usable - 1) * block_size,
-        "divided by the block size: every block holds several tokens, so multiply": usable / block_size,
+        "bytes for tokens: Divide the pool's bytes by those of one token": pool,
+        "two blocks too few: Only block 0 is set aside": (usable - 1) * block_size,
+        "divided by the block size: Every block holds several tokens, so multiply": usable / block_size,
     }
     question = (
         f"The engine has num_blocks = {num_blocks:,} of block_size = {block_size}; block 0 is the null block, which "
@@ -69,13 +70,13 @@ def time_per_token(random: Random, facts: Facts) -> Problem:
     worked = time_per_output_token_ms(total_s * 1e3, first_s * 1e3, num_new)
     answer = float(worked)
     slips = {
-        "first token's time counted: the time to the first token is prefill; take it off": total_s * 1e3 / num_new,
-        "one token too many: the first token is there already, so num_new − 1 steps follow": answer
+        "first token's time counted: The time to the first token is prefill; take it off": total_s * 1e3 / num_new,
+        "one token too many: The first token is there already, so num_new − 1 steps follow": answer
         * (num_new - 1)
         / num_new,
-        "tokens per second: that is the rate; the time of one token is its inverse": 1e3 / answer,
+        "tokens per second: That is the rate; the time of one token is its inverse": 1e3 / answer,
         "unit left out": answer / 1e3,
-        "prompt counted: prompt tokens are computed together, before the first token": answer
+        "prompt counted: Prompt tokens are computed together, before the first token": answer
         * (num_new - 1)
         / (num_new - 1 + num_prompt),
     }
@@ -89,7 +90,7 @@ def time_per_token(random: Random, facts: Facts) -> Problem:
 MODES = {
     "live on a GPU": "A GPU computes now only where the card says cuda.",
     "Triton kernel, interpreted on the CPU": "The interpreter runs only with TRITON_INTERPRET=1; it checks results.",
-    "torch on the CPU": "Here torch's own functions compute attention, on the CPU.",
+    "torch on the CPU": "Torch computes attention only where the card says attention: torch.",
     "replay of a recorded run": "A replay computes nothing: it draws events that a machine recorded earlier.",
     "a simulation": "Nothing here is simulated: tensors are computed, or events were recorded by an engine that did.",
     "live on a TPU": "The engine knows CPUs and CUDA GPUs.",
@@ -98,7 +99,7 @@ DESCRIBED = {
     "live on a GPU": "device: cuda; live: live; attention: minivllm_kernels, compiled for the device",
     "Triton kernel, interpreted on the CPU": "device: cpu; live: live; attention: minivllm_kernels, TRITON_INTERPRET=1",
     "torch on the CPU": "device: cpu; live: live; attention: torch",
-    "replay of a recorded run": "device: cuda; live: recorded; no tensors in this process",
+    "replay of a recorded run": "device: cuda; live: recorded; events only, no tensors behind them",
 }
 
 

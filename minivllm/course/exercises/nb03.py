@@ -73,6 +73,24 @@ def _shifts_positions(forward: Forward, prompt: list[int], num_new: int) -> list
     return token_ids[len(prompt) :]
 
 
+def _feeds_last_again(forward: Forward, prompt: list[int], num_new: int) -> list[int]:
+    cache: list[tuple[int, int]] = []
+    token_ids = list(prompt)
+    forward(prompt, cache, 0)
+    for _ in range(num_new):
+        token_ids.append(forward(token_ids[-1:], cache, len(cache)))
+    return token_ids[len(prompt) :]
+
+
+def _recomputes_last(forward: Forward, prompt: list[int], num_new: int) -> list[int]:
+    cache: list[tuple[int, int]] = []
+    token_ids = list(prompt)
+    forward(prompt, cache, 0)
+    for _ in range(num_new):
+        token_ids.append(forward(token_ids[-1:], cache, len(token_ids) - 1))
+    return token_ids[len(prompt) :]
+
+
 def _returns_prompt(forward: Forward, prompt: list[int], num_new: int) -> list[int]:
     return prompt + generate(forward, prompt, num_new)
 
@@ -106,13 +124,17 @@ def cached_loop(random: Random, facts: Facts) -> CodeProblem:
     lengths = [(n, m) for n in (2, 3, 5, 17) for m in (2, 3, 9)]
     cases = tuple((tuple(random.randrange(1, VOCABULARY) for _ in range(n)), m) for n, m in lengths)
     wrong = {
-        "nothing reused: the tokens are right, but every step computes all positions again": _recomputes,
-        "whole sequence fed into a full cache: tokens that the cache holds are computed and stored twice": _feeds_all,
-        "positions restart at 0: a new token's position is the number of tokens before it": _restarts_positions,
-        "positions off by one: the first new position equals the number of cached tokens, not one more":
+        "nothing reused: The tokens are right, but every step computes all positions again": _recomputes,
+        "whole sequence fed into a full cache: Tokens that the cache holds are computed and stored twice": _feeds_all,
+        "positions restart at 0: A new token's position is the number of tokens before it": _restarts_positions,
+        "positions off by one: The first new position equals the number of cached tokens, not one more":
             _shifts_positions,
-        "prompt returned: return only what was generated": _returns_prompt,
-        "prompt never computed: the first step must feed the whole prompt, the later ones one token": _forgets_prompt,
+        "last token of the prompt fed again: it is stored at a second position; the pass over the prompt already gives "
+        "the first new token, so keep what it returns": _feeds_last_again,
+        "last position computed again: the pass over the prompt has computed it, and gives the first new token; keep "
+        "what it returns": _recomputes_last,
+        "prompt returned: Return only what was generated": _returns_prompt,
+        "prompt never computed: The first step must feed the whole prompt, the later ones one token": _forgets_prompt,
     }  # fmt: skip
     question = (
         "forward(token_ids, cache, first_position) computes these tokens, appends their K and V to the cache (a list) "
@@ -129,17 +151,17 @@ def count_forwards(random: Random, facts: Facts) -> Problem:
     without, cached = int(worked), int(worked.parts["cached"])
     slips = {
         "square for the sum": count * count,
-        "last step left out: step i computes i tokens, the last one all n": count * (count - 1) // 2,
+        "last step left out: Step i computes i tokens, the last one all n": count * (count - 1) // 2,
         "the last step's tokens": count,
-        "only one added: n + (n + 1) is not the sum of 1 .. n": 2 * count + 1,
-        "halving forgotten: pairs that sum to n + 1, and there are n / 2 of them": count * (count + 1),
+        "only one added: The sum n + (n + 1) is not that of 1 .. n": 2 * count + 1,
+        "halving forgotten: Pairs that sum to n + 1, and there are n / 2 of them": count * (count + 1),
     }
     slips_cached = {
-        "no cache: with one, every token is computed once": without,
+        "no cache: With one, every token is computed once": without,
         "square for the sum": count * count,
-        "last token left out: each of the n steps computes one token": count - 1,
-        "first token counted twice: each of the n steps computes one token": count + 1,
-        "K and V counted apart: one forward computes both": 2 * count,
+        "last token left out: Each of the n steps computes one token": count - 1,
+        "first token counted twice: Each of the n steps computes one token": count + 1,
+        "K and V counted apart: One forward computes both": 2 * count,
     }
     question = (
         f"Step i of n computes the next token after i tokens, i = 1 .. {count}. How many tokens go through the model "
@@ -176,7 +198,7 @@ LINES = (
 )
 BUGS = (
     (2, "position = 0"),
-    (2, "position = len(cache) + 1"),
+    (2, "position = max(len(cache) - 1, 0)"),
     (3, "q, k = rope(q, position), rope(k, 0)"),
     (3, "q, k = rope(q, position), k"),
     (4, "cache[:] = [(k, v)]"),
@@ -225,8 +247,8 @@ EXERCISES = (
         "Nobody asks for an old query again.",
     ), Place("minivllm.attention.reference", "paged_attention_reference"), why_not_queries),
     Exercise("03.4", "Hunt the bug", (
-        "Follow one token: which position has it, when the cache holds n tokens?",
-        "Query and key are turned by the same angle for the same position; values are not turned.",
-        "Compare with the engine: every key stays in the cache, turned once, and softmax makes weights of scores.",
+        "Follow one token through the six lines. What does each line take, and what does the next one need of it?",
+        "With n tokens cached the new one has position n, and its query and its key are turned by that angle.",
+        "Every K and V stays in the cache, one score belongs to each key, and softmax makes weights of scores.",
     ), Place("minivllm.models.layers", "rotate"), find_the_bug),
 )  # fmt: skip
