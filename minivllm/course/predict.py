@@ -4,9 +4,9 @@
     blocks.reveal(num_blocks)                 # after the run: guess, truth and their ratio, stored for good
     predict.calibration("05")                 # all guesses of a notebook beside the truth
 
-An unfilled notebook shows red and goes on: without a guess nothing is stored, and the answer waits under a fold. A guess
-may be changed until its answer was revealed; running the cell again shows the one that is stored. A word from `choices`
-may be guessed instead of a number.
+An unfilled notebook shows red and goes on: without a guess nothing is stored, and the answer waits under a fold. A
+guess may be changed until its answer was revealed; running the cell again shows the one that is stored. A word from
+`choices` may be guessed instead of a number.
 """
 
 from collections.abc import Callable, Sequence

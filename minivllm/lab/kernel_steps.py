@@ -57,7 +57,7 @@ class KernelInputs:
         return self.q, self.k_cache, self.v_cache, self.block_table, self.num_tokens
 
 
-class InterpreterFailed(MiniVLLMError):
+class InterpreterError(MiniVLLMError):
     """Triton's interpreter could not run the kernel."""
 
 
@@ -105,7 +105,7 @@ def stepped(inputs: KernelInputs) -> tuple[KernelInputs, KernelSteps]:
     """
     try:
         steps = kernel_steps(inputs)
-    except InterpreterFailed as failure:
+    except InterpreterError as failure:
         steps = recorded_steps(str(failure))
     return (example_inputs() if steps.origin.startswith("recorded") else inputs), steps
 
@@ -124,7 +124,7 @@ def step_elsewhere(inputs: KernelInputs) -> KernelSteps:
         run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
         if run.returncode:
             last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise InterpreterFailed(f"the interpreter's process ended with {run.returncode} ({last})")
+            raise InterpreterError(f"the interpreter's process ended with {run.returncode} ({last})")
         return KernelSteps.load(made)
 
 
