@@ -21,8 +21,14 @@ def provenance(seed: int) -> dict[str, object]:
         "transformers": version("transformers"),
         "commit": _commit(),
         "seed": seed,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(sys.argv),
     }
+
+
+def _command(arguments: list[str]) -> str:
+    """What was typed, without folders; a notebook's kernel was started by nobody's hand."""
+    program = Path(arguments[0]).name
+    return "a notebook" if program == "ipykernel_launcher.py" else " ".join([program, *arguments[1:]])
 
 
 def _processor() -> str:
