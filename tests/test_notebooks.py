@@ -9,7 +9,9 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
+from minivllm.course.author import read_source
 from minivllm.course.exercises import exercises
+from minivllm.course.new_notebook import new_notebook
 from minivllm.course.questions import questions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +22,7 @@ if importlib.util.find_spec("minivllm") is None:  # Colab, or a bare Jupyter
     %pip install -q "minivllm[lab] @ git+https://github.com/minivllm/minivllm"
     importlib.invalidate_caches()"""
 LINK = re.compile(r"\[`?([^\]`]+)`?\]\(([^)\s]+)\)")
+ASKED = re.compile(r"""(?<![.\w])(?:ask|check(?:\.\w+)?)\(["']([^"']*)["']""")
 MOST_LINES = 24  # of a code cell that fits on a screen with its output
 
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -59,6 +62,21 @@ def test_every_exercise_of_it_is_asked_and_every_card_exists(path: Path) -> None
     assert [id_ for id_ in own if f'ask("{id_}"' not in code or f'check("{id_}"' not in code] == []
     cards = re.findall(r'"([A-Z]\d+)(?:\.num)?"', " ".join(re.findall(r"FlashCards\(cards=\(([^)]*)\)", code)))
     assert len(cards) >= 5 and set(cards) <= set(questions())
+
+
+@each
+def test_every_exercise_that_is_asked_exists(path: Path) -> None:
+    assert strangers([cell.source for cell in read(path).cells]) == []
+
+
+def test_an_unedited_new_notebook_asks_what_does_not_exist(tmp_path: Path) -> None:
+    new = new_notebook(tmp_path, ["97", "When can two requests own one block?"])
+    assert strangers([cell.source for cell in read_source(new).cells]) == ["97.1"]
+
+
+def strangers(texts: list[str]) -> list[str]:
+    """Ids that ask(...), check(...) or check.redraw(...) name and that no exercise has."""
+    return sorted({id_ for text in texts for id_ in ASKED.findall(text)} - set(exercises()))
 
 
 @each

@@ -1,15 +1,19 @@
 """The question bank: every stem is there, every number is worked out again, every slip is told by its name."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from minivllm.course import question_bank
 from minivllm.course.answer_units import parsed
 from minivllm.course.calculators import Worked, accelerators, kv_bytes_per_token, public_models
+from minivllm.course.exercises.exercise import CodeProblem, Exercise, draw
 from minivllm.course.numeric_forms import Problem, Slip, all_slips, clashes, drawn, grade, written
-from minivllm.course.question_facts import evaluate, problems_with_numbers
+from minivllm.course.question_facts import LONE, UNIT, evaluate, problems_with_numbers
 from minivllm.course.questions import FORMS, LEVELS, Question, groups, problem_of, question, questions
 from minivllm.course.questions.question import Link, read_group
 from minivllm.course.slips import EXPLANATIONS
@@ -169,6 +173,53 @@ def test_the_linter_finds_a_wrong_number_a_stray_one_and_one_that_nobody_vouches
     assert "'55' stands in numbers, but not in the text" in found and "4,097" in found
 
 
+def with_texts(answer: str, *numbers: str) -> Question:
+    return Question("A2", "apply", "?", ("Yes.", "No."), "Why?", answer, "us", (), numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["16 MiB", "13 empty slots", "which is 9 blocks", "5%", "5 %", "3x as fast", "3× as fast", "8 times", "4 ms",
+     "2 GB/s", "10 requests/s", "7 kB", "1 token", "8 KV heads", "table[2] = 3"],
+)  # fmt: skip
+def test_a_small_number_with_a_unit_or_after_equals_needs_an_entry(told: str) -> None:
+    [found] = problems_with_numbers(with_texts(f"It is so: {told}."))
+    assert "nobody says where" in found
+
+
+def test_a_repeated_number_is_complained_of_once() -> None:
+    assert len(list(problems_with_numbers(with_texts("9 GiB here, 9 GiB there, 4,097 and 4,097.")))) == 2
+
+
+@pytest.mark.parametrize(
+    "told", ["Group 12 of 16.", "2 × layers × heads", "2 B D F FLOPs", "n (n + 1) / 2 token-forwards"]
+)
+def test_small_numbers_of_formulas_and_lists_need_none(told: str) -> None:
+    assert list(problems_with_numbers(with_texts(told))) == []
+
+
+def test_an_entry_with_a_unit_speaks_for_that_unit_only() -> None:
+    assert list(problems_with_numbers(with_texts("16 tokens take 16 MiB.", "16 tokens: a block"))) == [
+        "A2: nobody says where 16 MiB comes from; add it to numbers"
+    ]
+    assert list(problems_with_numbers(with_texts("It holds 109 blocks.", "109: us", "9 blocks: us"))) == [
+        "A2: '9 blocks' stands in numbers, but not in the text"
+    ]
+
+
+@pytest.mark.parametrize("id_", questions())
+def test_each_number_with_a_unit_that_is_changed_in_the_bank_is_noticed(id_: str) -> None:
+    """A digit is changed in one place of one text at a time."""
+    asked = questions()[id_]
+    for i, text in enumerate(asked.texts):
+        for match in LONE.finditer(text):
+            if UNIT.match(text, match.end()):
+                wrong = f"{text[: match.end() - 1]}{(int(text[match.end() - 1]) + 3) % 10}{text[match.end() :]}"
+                stem, *points, follow_up, answer = (wrong if i == j else told for j, told in enumerate(asked.texts))
+                mutant = replace(asked, stem=stem, points=tuple(points), follow_up=follow_up, answer=answer)
+                assert list(problems_with_numbers(mutant)), wrong
+
+
 @pytest.mark.parametrize("expression", ["__import__('os')", "open('x')", "1 if 1 else 2", "(1).real", "2 +"])
 def test_facts_reach_nothing_but_calculators(expression: str) -> None:
     with pytest.raises(MiniVLLMError):
@@ -195,6 +246,23 @@ def test_a_question_that_lacks_something_is_refused(change: dict[str, object], m
     }  # fmt: skip
     with pytest.raises(ConfigError, match=message):
         Question(**{**fields, **change})  # type: ignore[arg-type]
+
+
+def test_the_examples_of_contributing_are_a_good_question_and_a_good_exercise(tmp_path: Path) -> None:
+    text = (question_bank.ROOT / "CONTRIBUTING.md").read_text()
+    examples = dict(re.findall(r"```(toml|python)\n((?:\[\[question|from random).*?)```", text, re.DOTALL))
+    path = tmp_path / "c.toml"
+    path.write_text(f'letter = "C"\ntitle = ""\n{examples["toml"]}')
+    [asked] = read_group(path).questions
+    assert [*problems_with_numbers(asked), *question_bank._broken_links(asked)] == []
+    names: dict[str, Any] = {}
+    exec(examples["python"], names)
+    exercise: Exercise = names["EXERCISES"][0]
+    problem = draw(exercise, "s", {})
+    assert not isinstance(problem, CodeProblem)
+    [part] = problem.parts
+    assert part.is_clear and len(part.slips) == 5 and all(slip.why for slip in part.slips)
+    assert exercise.place.line > 0
 
 
 def test_a_file_that_is_no_group_is_refused_by_name(tmp_path: Path) -> None:

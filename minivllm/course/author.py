@@ -1,6 +1,6 @@
 """Builds the committed notebooks: `python -m minivllm.course.author build [NAMES]` runs notebooks/NN_name.py.
 
-    new 07 "When can two requests own one block?"   makes notebooks/07_when_can_two_requests.py from the template
+    new 07 "When can two requests own one block?"   makes notebooks/07_when_can_two_requests_own.py from the template
     build [NAMES]                                   runs them, drops what differs between runs, writes the .ipynb
     check [NAMES]                                   compares each .ipynb with its source
 

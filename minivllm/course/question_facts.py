@@ -1,7 +1,8 @@
 """Every number that the bank prints is worked out again: `numbers` of a question says how, or who measured it.
 
 An entry "327,680 B = kv_bytes_per_token('llama-2-70b')" must agree to the printed digits; an entry "96.3: Kwon et al.,
-figure 2" names whose measurement it is, or that it is a premise. Whole numbers up to 16 in a text need no entry.
+figure 2" names whose measurement it is, or that it is a premise. An entry with a unit speaks for the number in that
+unit only. Whole numbers up to 16 need none, unless a unit follows ("16 MiB", "12 empty slots") or "=" stands before.
 """
 
 import ast
@@ -14,8 +15,13 @@ from minivllm.course.answer_units import UNITS
 from minivllm.course.questions.question import Question
 from minivllm.errors import MiniVLLMError
 
-# A number that stands alone: not part of a name such as H100, FP8, Llama-3-8B or 4k.
-LONE = re.compile(r"(?<![\w.,/^-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|\.\d|,\d|-\w)")
+# A number that stands alone: not part of a name such as H100, FP8, Llama-3-8B or 4k; 3x is three times.
+LONE = re.compile(r"(?<![\w.,/^-])\d+(?:,\d{3})*(?:\.\d+)?(?!(?!x\b)\w|\.\d|,\d|-\w)")
+COUNTED = "blocks?|slots?|tokens?|requests?|heads?|layers?|rows?|steps?|entry|entries|samples?|GPUs?|workers?|users?"
+MEASURED = "|".join(re.escape(unit) for unit in sorted(UNITS.keys() - {"x", "×"}, key=len, reverse=True))
+UNIT = re.compile(  # of the number before it: 3x, 12 empty slots; not 2 × layers, nor the B of a formula 2 B D
+    rf"x\b|×(?!\d)|\s*(?:{MEASURED})(?!\w| [A-Z]\b)|\s(?:[A-Za-z]+ )?(?:{COUNTED})(?![\w-])"
+)
 PRINTED = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*(\S*)")
 MOST_PLAIN = 16
 SIGNS: dict[type[ast.operator], Callable[[float, float], float]] = {
@@ -35,15 +41,24 @@ def problems_with_numbers(question: Question) -> Iterator[str]:
             if not is_cited:
                 yield f"{question.id}: {entry!r} is neither 'number = expression' nor 'number: source'"
         match = PRINTED.fullmatch(printed)
-        if match is None or printed not in text:
+        if match is None or not re.search(rf"(?<![\d.,]){re.escape(printed)}(?!\w|[.,]\d)", text):
             yield f"{question.id}: {printed!r} stands in numbers, but not in the text"
             continue
-        accounted.add(match[1])
+        accounted.add((match[1], match[2]))
         if is_computed:
             yield from _disagreement(question.id, match[1], match[2], expression)
-    for number in LONE.findall(text):
-        if number not in accounted and not (number.isdigit() and int(number) <= MOST_PLAIN):
-            yield f"{question.id}: nobody says where {number} comes from; add it to numbers"
+    for number, unit in dict.fromkeys(_to_account_for(text)):
+        if not accounted & {(number, ""), (number, unit)}:
+            yield f"{question.id}: nobody says where {number}{unit and f' {unit}'} comes from; add it to numbers"
+
+
+def _to_account_for(text: str) -> Iterator[tuple[str, str]]:
+    """Each number that needs an entry, and the unit behind it or ""."""
+    for match in LONE.finditer(text):
+        unit = UNIT.match(text, match.end())
+        is_plain = match[0].isdigit() and int(match[0]) <= MOST_PLAIN
+        if unit or not is_plain or re.search(r"(?<!\S)= $", text[: match.start()]):
+            yield match[0], unit[0].split()[-1] if unit else ""
 
 
 def evaluate(expression: str) -> float:
