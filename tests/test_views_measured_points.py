@@ -1,6 +1,7 @@
 """Measured steps as pictures: every dot is a measured number, under each control."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -62,7 +63,16 @@ def test_sweep_changes_the_model_and_graphs_draw_solid_lines() -> None:
     assert thick == []
     view.move("sweep", "large, a machine")
     assert view.drawn()["title"].startswith("large")
+    assert "5 ms alone and 0.05 ms among 100, launched at once" in view.drawn()["title"]
     assert [m for m in view.drawn()["marks"] if isinstance(m, Line) and m.thickness == 2]
+
+
+def test_a_roof_that_a_step_set_itself_says_so() -> None:
+    steps = [replace(step, flops=int(1e12 * step.best_s)) for step in SWEEPS[0].steps]
+    view = MeasuredPoints([replace(SWEEPS[0], steps=tuple(steps))])
+    assert "the roof of FLOP/s is the rate of the fastest step itself" in view.drawn()["lines"][-1]
+    assert " 100%" in view.drawn()["text"] and "e+02" not in view.drawn()["text"]
+    assert not any("by construction" in line for line in MeasuredPoints(SWEEPS).drawn()["lines"])
 
 
 def test_roofline_has_its_ridge_and_no_dot_beyond_the_plot() -> None:

@@ -18,7 +18,7 @@ from minivllm.errors import MiniVLLMError
 from minivllm.events import EventBus, StepRan
 from minivllm.lab.step_floor import ModelWork
 from minivllm.trace import Trace
-from minivllm.views.sketch import Box
+from minivllm.views.sketch import Box, Line
 from minivllm.views.stacked_bars import BOTTOM, PARTS, StepParts, tick_ms
 from minivllm.views.step_cost import NUM_KEPT, CostFold, Machine, StepCost, cost
 from minivllm.views.step_regimes import RegimeControls, StepRegimes, draw, step_parts
@@ -95,6 +95,26 @@ def test_heights_are_in_proportion_to_milliseconds() -> None:
     )
     assert boxes[0].y + boxes[0].height == BOTTOM
     assert [box.fill for box in boxes] == [PARTS[name].fill for name in ("weights", "kv", "arithmetic")]
+
+
+def test_what_does_not_fit_the_card_is_marked() -> None:
+    view = StepRegimes(model="llama-3-8b", chip="h200-sxm", batch=512, context=1024)
+    picture = view.drawn()
+    held = {batch: batch * int(kv_bytes_of_sequence("llama-3-8b", 1024)) for batch in BATCHES}
+    weights = int(weight_bytes("llama-3-8b"))
+    assert picture["needed_bytes"] == {batch: weights + num_bytes for batch, num_bytes in held.items()}
+    assert [batch for batch, n in picture["needed_bytes"].items() if n > picture["card_bytes"]] == [1024]
+    [dashes] = [mark for mark in picture["marks"] if isinstance(mark, Line) and mark.is_dashed]
+    boxes = [mark for mark in picture["marks"] if isinstance(mark, Box)]
+    edges = [next(box.x for box in boxes if box.click == ("batch", batch)) for batch in (512, 1024)]
+    assert edges[0] < dashes.x < edges[1] and "does not fit: 153 GB of 141 GB" in picture["text"]
+    assert "does not fit" not in picture["title"]
+    view.move("batch", 1024)
+    assert view.drawn()["title"].endswith("But it does not fit: 153 GB of 141 GB.")
+    view.move("kv", "fp8")
+    assert not [mark for mark in view.drawn()["marks"] if isinstance(mark, Line) and mark.is_dashed]
+    view.move("chip", "l4")
+    assert "does not fit: 85 GB of 24 GB" in view.drawn()["title"]
 
 
 def test_measured_decode_step_is_its_parts_and_the_rest() -> None:

@@ -17,7 +17,7 @@ from minivllm.course.calculators import (
     training_flops_per_token,
 )
 from minivllm.errors import ConfigError, MiniVLLMError
-from minivllm.lab.training_card import Pass, count, count_passes
+from minivllm.lab.training_card import Kind, Pass, count, count_passes
 from minivllm.models.llama import llama
 from minivllm.views.sketch import Box, Line
 from minivllm.views.step_work import chip_options
@@ -34,23 +34,35 @@ CARDS: list[Pass] = []
 def passes() -> list[Pass]:
     """Counted once."""
     if not CARDS:
-        CARDS.extend(count_passes("smollm2-135m", (1, 64)))
+        CARDS.extend(count_passes("smollm2-135m", (1, 64)))  # decode, prefill and training of each
     return CARDS
 
 
 def test_products_are_2n_served_and_6n_trained_to_the_last_flop() -> None:
     for done in [*passes(), *count_passes("llama-3.2-1b", (16,))]:
         num_weights = num_matrix_parameters(done.model)
-        per_token = (training_flops_per_token if done.has_backward else inference_flops_per_token)(num_weights)
+        per_token = (training_flops_per_token if done.kind == "training" else inference_flops_per_token)(num_weights)
         assert done.products == int(per_token) * done.num_tokens
         assert done.weight_bytes == 2 * int(num_weights)
 
 
 def test_served_keeps_k_and_v_and_trained_keeps_more_in_proportion_to_the_tokens() -> None:
-    kept = {(p.num_tokens, p.has_backward): p.kept_bytes for p in count_passes("smollm2-135m", (8, 16, 32))}
+    kept = {(p.num_stored, p.kind): p.kept_bytes for p in count_passes("smollm2-135m", (8, 16, 32))}
     per_token = int(kv_bytes_per_token("smollm2-135m", "bfloat16"))
-    assert [kept[n, False] for n in (8, 16, 32)] == [n * per_token for n in (8, 16, 32)]
-    assert kept[32, True] - kept[16, True] == 2 * (kept[16, True] - kept[8, True]) > 2 * 8 * 20 * per_token
+    assert [kept[n, "decode"] for n in (8, 16, 32)] == [per_token] * 3
+    assert [kept[n, "prefill"] for n in (8, 16, 32)] == [n * per_token for n in (8, 16, 32)]
+    trained = [kept[n, "training"] for n in (8, 16, 32)]
+    assert trained[2] - trained[1] == 2 * (trained[1] - trained[0]) > 2 * 8 * 20 * per_token
+
+
+def test_a_decode_reads_all_weights_and_all_k_and_v_for_one_token() -> None:
+    alone, _, _, after_63, *_ = passes()
+    per_token = int(kv_bytes_per_token("smollm2-135m", "bfloat16"))
+    assert (after_63.kind, after_63.num_tokens, after_63.num_stored) == ("decode", 1, 64)
+    assert after_63.attention == 30 * 4 * 9 * 64 * 64  # layers, 2 products x 2 FLOPs, heads, size, keys
+    assert after_63.moved_bytes - after_63.weight_bytes == 64 * per_token == 64 * after_63.kept_bytes
+    assert (alone.products, alone.weight_bytes) == (after_63.products, after_63.weight_bytes)
+    assert (after_63.products + after_63.attention) / after_63.moved_bytes < 1.02  # longer, and starved as before
 
 
 def test_attention_with_backward_does_seven_products_where_forward_does_two() -> None:
@@ -68,8 +80,9 @@ def test_real_tensors_count_alike_and_transformers_does_the_same_products() -> N
         parameter.data.normal_(0, 0.02)
     oracle = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
     ids = torch.arange(24)[None]
-    for has_backward in (False, True):
-        real = count(decoder, "small", 24, has_backward)
+    kinds: tuple[Kind, ...] = ("prefill", "training")
+    for kind in kinds:
+        real, has_backward = count(decoder, "small", 24, kind), kind == "training"
         assert real.products == (6 if has_backward else 2) * MATRICES * 24
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(has_backward):
             out = oracle(ids, labels=ids)
@@ -88,15 +101,15 @@ def test_models_with_latent_attention_are_refused() -> None:
 
 def test_bars_are_the_counted_numbers() -> None:
     picture = TrainingCard(passes(), tokens=64).drawn()
-    served, trained = passes()[-2:]
-    for state, done in (("off", served), ("on", trained)):
-        assert picture["flops_per_token"][state] == (done.products + done.attention) / 64
-        assert picture["kept_per_token"][state] == done.kept_bytes / 64
+    decoded, served, trained = passes()[-3:]
+    for state, done in (("off", served), ("on", trained), ("decode", decoded)):
+        assert picture["flops_per_token"][state] == (done.products + done.attention) / done.num_tokens
+        assert picture["kept_per_token"][state] == done.kept_bytes / done.num_tokens
         assert picture["intensity"][state] == (done.products + done.attention) / done.moved_bytes
     assert trained.moved_bytes == 3 * trained.weight_bytes + 2 * trained.kept_bytes
     boxes = [mark for mark in picture["marks"] if isinstance(mark, Box) and mark.click]
-    assert [box.click for box in boxes] == [("backward", "off"), ("backward", "on")] * 3
-    assert boxes[0].width / boxes[1].width == pytest.approx(
+    assert [box.click for box in boxes] == [("backward", state) for state in ("decode", "off", "on")] * 3
+    assert boxes[1].width / boxes[2].width == pytest.approx(
         picture["flops_per_token"]["off"] / picture["flops_per_token"]["on"]
     )
     text = picture["text"]
@@ -119,12 +132,20 @@ def test_tokens_move_the_intensity_and_not_the_work_of_a_token() -> None:
 
 def test_backward_moves_the_frame_and_the_title() -> None:
     view = TrainingCard(passes(), tokens=64)
-    assert view.drawn()["title"].startswith("Served on 64 tokens")
+    assert view.drawn()["title"].startswith("Prefilling 64 tokens at once")
     frames = [[m.y for m in TrainingCard(passes(), backward=state).drawn()["marks"] if isinstance(m, Box) and m.border]
-              for state in ("off", "on")]  # fmt: skip
-    assert len(frames[0]) == len(frames[1]) == 3 and all(off < on for off, on in zip(*frames, strict=True))
+              for state in ("decode", "off", "on")]  # fmt: skip
+    assert [len(frame) for frame in frames] == [3, 3, 3]
+    assert all(decode < off < on for decode, off, on in zip(*frames, strict=True))
     view.move("backward", "on")
     assert view.drawn()["title"].startswith("Trained on 64 tokens")
+    view.move("backward", "decode")
+    assert view.drawn()["title"].startswith("Decoding the last of 64 tokens") and "below" in view.drawn()["title"]
+
+
+def test_lines_say_what_attention_adds_to_the_products() -> None:
+    lines, served = TrainingCard(passes(), tokens=64).drawn()["lines"], passes()[-2]
+    assert f"{served.attention / 64 / 1e6:,.0f} MFLOP for each token" in lines[1] and "masked ones too" in lines[1]
 
 
 @pytest.mark.parametrize("chip", [name for name, _ in chip_options()])
@@ -152,9 +173,9 @@ def test_control_refuses_what_it_cannot_take(control: str, value: object) -> Non
         TrainingCard(passes()).move(control, value)
 
 
-def test_a_card_needs_both_passes_of_each_length() -> None:
-    for given in ([], passes()[:1], passes()[:3]):
-        with pytest.raises(MiniVLLMError, match="counted twice"):
+def test_a_card_needs_every_pass_of_each_length() -> None:
+    for given in ([], passes()[:1], passes()[:2], passes()[:5]):
+        with pytest.raises(MiniVLLMError, match="as decode, as prefill and as training"):
             TrainingCard(given)
 
 

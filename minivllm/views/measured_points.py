@@ -2,6 +2,7 @@
 
 dots      each step as the engine runs it          solid lines    its kernels launched at once, where that was timed
 dashes    the floor at the roofs that were measured in the same process
+Titles and the text twin give a step's best time, launched at once where that was timed, and say so.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from minivllm.views.sketch_view import SketchView
 from minivllm.views.step_work import ms
 from minivllm.views.theme import OWNER_COLOURS, counted
 
+BY_ITSELF = 100 * (1 - 1e-9)  # percent of a roof: the step that sets it
 LEFT, RIGHT, TOP, BOTTOM = 74.0, WIDTH_PX - 26.0, 24.0, 330.0
 STYLES = (("square", OWNER_COLOURS[0]), ("circle", OWNER_COLOURS[1]), ("diamond", OWNER_COLOURS[2]))
 SHOWN = [("per token", "time per token"), ("per step", "time per step"), ("roofline", "FLOP/s by intensity")]
@@ -39,6 +41,8 @@ class MeasuredStep(Protocol):
     def shape(self) -> MeasuredShape: ...
     @property
     def flops(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
     @property
     def intensity(self) -> float: ...
     @property
@@ -237,34 +241,53 @@ def _title(chosen: PointsControls, sweep: MeasuredSweep, series: dict[str, list[
     first, last = steps[0], steps[-1]
     start = f"{sweep.model} on {sweep.machine}:"
     if chosen.show == "roofline":
-        shares = [f"{_what(s)} reaches {_share(s, sweep):.2g}%" for s in (last, list(series.values())[-1][0])]
+        shares = [f"{_what(s)} reaches {_percent(_share(s, sweep))}" for s in (last, list(series.values())[-1][0])]
         return f"{start} {' and '.join(shares)} of the FLOP/s that were measured here."
+    how = ", launched at once" if first.graph_ms and last.graph_ms else ", as the engine runs it"
     if chosen.show == "per step":
-        return f"{start} {_what(first)} takes {ms(first.ms)}, {_what(last)} {ms(last.ms)}."
-    each = [ms(s.ms / s.shape.num_tokens) for s in (first, last)]
+        times = [ms(1e3 * s.best_s) for s in (first, last)]
+        return f"{start} {_what(first)} takes {times[0]}, {_what(last)} {times[1]}{how}."
+    each = [ms(1e3 * s.best_s / s.shape.num_tokens) for s in (first, last)]
     words = "a token costs {} alone and {} among {}".format(*each, f"{last.shape.num_tokens:,}")
-    return f"{start} {words}; the weights are read once either way."
+    return f"{start} {words}{how}; the weights are read once either way."
 
 
 def _share(step: MeasuredStep, sweep: MeasuredSweep) -> float:
     return 100 * step.flops / step.best_s / sweep.flops_per_s
 
 
+def _percent(value: float) -> str:
+    """Two figures: _percent(99.96) == "100%", _percent(0.372) == "0.37%"."""
+    return f"{plain(float(f'{value:.2g}'))}%"
+
+
 def _text(title: str, series: dict[str, list[MeasuredStep]], sweep: MeasuredSweep) -> str:
-    rows = [["", "tokens", "FLOP/byte", "ms", "at once ms", "floor ms", "ms per token", "of FLOP/s"]]
+    rows = [["", "tokens", "FLOP/byte", "as run ms", "at once ms", "floor ms", "ms per token", "of FLOP/s"]]
     for name, steps in series.items():
         for step in [*steps[:-1:2], steps[-1]]:  # every second, and the largest
+            each_ms = 1e3 * step.best_s / step.shape.num_tokens
             graph = f"{step.graph_ms:.3g}" if step.graph_ms else "-"
             rows.append([
                 name, f"{step.shape.num_tokens:,}", f"{step.intensity:.3g}", f"{step.ms:.3g}", graph,
-                f"{step.floor_ms:.3g}", f"{step.ms / step.shape.num_tokens:.3g}", f"{_share(step, sweep):.2g}%",
+                f"{step.floor_ms:.3g}", f"{each_ms:.3g}", _percent(_share(step, sweep)),
             ])  # fmt: skip
     return "\n".join([title, *text_table(rows)])
 
 
 def _lines(sweep: MeasuredSweep) -> list[str]:
+    shares = {
+        "FLOP/s": max(_share(step, sweep) for step in sweep.steps),
+        "bytes/s": max(100 * step.num_bytes / step.best_s / sweep.bandwidth for step in sweep.steps),
+    }
+    raised = [
+        f"the roof of {name} is the rate of the fastest step itself, which passed the one measured before: its"
+        " 100% and its floor hold by construction"
+        for name, share in shares.items()
+        if share > BY_ITSELF
+    ]
     return [
         f"{sweep.machine}, {sweep.dtype}: {shown(sweep.bandwidth, 'bytes/s')} and {shown(sweep.flops_per_s, 'FLOP/s')},"
         " measured in the same process",
         "dots: the step as the engine runs it; solid: its kernels launched at once, where timed so; dashed: its floor",
+        *raised,
     ]

@@ -12,6 +12,7 @@ PARTS = {
     "arithmetic": Key(OWNER_COLOURS[2], "solid", "arithmetic that no read hides"),
     "overhead": Key(FAINT, "hatch", "overhead: time beyond the floor"),
 }
+COLUMNS = {"weights": "weights", "kv": "K and V", "arithmetic": "unhidden arithmetic", "overhead": "overhead"}
 LEFT, TOP, BOTTOM = 56.0, 26.0, 270.0
 HEIGHT = BOTTOM + 44
 
@@ -51,8 +52,11 @@ class Bar(NamedTuple):
     click: Place
 
 
-def stacked_bars(bars: Sequence[Bar], chosen: int, x_label: str) -> list[Mark]:
-    """Bars from left to right, linear from 0; the chosen one is framed. Labels where there is room."""
+def stacked_bars(bars: Sequence[Bar], chosen: int, x_label: str, num_fitting: int | None = None) -> list[Mark]:
+    """Bars from left to right, linear from 0; the chosen one is framed. Labels where there is room.
+
+    A dashed line stands behind the first `num_fitting` bars: what the others keep does not fit the card.
+    """
     tick = tick_ms(max((bar.parts.total for bar in bars), default=1.0))
     highest = tick * 5
     marks: list[Mark] = [Words(4, 4, "milliseconds", 11), Line(LEFT, BOTTOM, WIDTH_PX - 8, BOTTOM, "soft")]
@@ -70,6 +74,10 @@ def stacked_bars(bars: Sequence[Bar], chosen: int, x_label: str) -> list[Mark]:
             marks.append(Box(left - 2, BOTTOM - height - 2, width + 4, height + 4, "pick", "outline", "pick"))
         if i % every == 0:
             marks.append(Words(left + width / 2, BOTTOM + 5, bar.label, 10, "soft", "middle"))
+    if num_fitting is not None and num_fitting < len(bars):
+        x = LEFT + num_fitting * pitch
+        words = Words(WIDTH_PX - 8, 4, "right of the dashes: does not fit the card", 11, "ink", "end")
+        marks += [Line(x, TOP - 6, x, BOTTOM, "ink", 2, True), words]
     return [*marks, Words((LEFT + WIDTH_PX) / 2, BOTTOM + 22, x_label, 11, "ink", "middle")]
 
 

@@ -1,18 +1,26 @@
 """W6 by calculation: what a decode step of any public model waits for, at every batch size.
 
     floor of a step = KV read + max(weight read, matrix products)        decode_step_ms, after the scaling book
-A host that launches kernels slower than they run adds the difference: the overhead regime.
+A host that launches kernels slower than they run adds the difference: the overhead regime. Bars whose weights, K and V
+together take more than all of the card's memory are marked.
 """
 
 from dataclasses import dataclass, replace
 
-from minivllm.course.calculators import compute_ms, decode_step_ms, kv_bytes_of_sequence, num_active_parameters
+from minivllm.course.calculators import (
+    accelerator,
+    compute_ms,
+    decode_step_ms,
+    kv_bytes_of_sequence,
+    num_active_parameters,
+    weight_bytes,
+)
 from minivllm.course.calculators.units import plain
 from minivllm.course.step_work import counted_model
 from minivllm.views.sketch import WIDTH_PX, Choice, Control, SketchPicture, Slider, with_control
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
-from minivllm.views.stacked_bars import HEIGHT, PARTS, Bar, StepParts, stacked_bars
+from minivllm.views.stacked_bars import COLUMNS, HEIGHT, PARTS, Bar, StepParts, stacked_bars
 from minivllm.views.step_work import (
     BATCHES,
     CONTEXTS,
@@ -50,6 +58,8 @@ class RegimeControls:
 
 class RegimesPicture(SketchPicture):
     parts: dict[int, StepParts]  # by batch size
+    needed_bytes: dict[int, int]  # weights, K and V
+    card_bytes: int
     regime: str
 
 
@@ -71,22 +81,27 @@ class StepRegimes(SketchView):
 def draw(chosen: RegimeControls) -> RegimesPicture:
     """A bar for every batch size; the chosen one is framed."""
     parts = {batch: step_parts(replace(chosen, batch=batch)) for batch in BATCHES}
-    here = parts[chosen.batch]
+    needed = {batch: needed_bytes(replace(chosen, batch=batch)) for batch in BATCHES}
+    card_bytes = accelerator(chosen.chip).memory_bytes
+    here, room = parts[chosen.batch], {batch: room_words(num_bytes, card_bytes) for batch, num_bytes in needed.items()}
     title = (
         f"A decode step of {chosen.model} on {chosen.chip}, batch {chosen.batch}, context {chosen.context:,}, takes at"
         f" least {ms(here.total)} and waits for {REGIMES[here.regime]}."
+        + (f" But it {room[chosen.batch]}." if needed[chosen.batch] > card_bytes else "")
     )
     bars = [
-        Bar(str(batch), p, f"batch {batch}: {ms(p.total)}, it waits for {PARTS[p.regime].words}", ("batch", batch))
+        Bar(str(batch), p, f"batch {batch}: {ms(p.total)}, it waits for {PARTS[p.regime].words}; {room[batch]}",
+            ("batch", batch))
         for batch, p in parts.items()
-    ]
+    ]  # fmt: skip
+    num_fitting = sum(num_bytes <= card_bytes for num_bytes in needed.values())
     return {
         "view": "step-regimes", "title": title, "aria": f"Step cost by batch size. {title}",
-        "text": _text(title, chosen, parts), "status": "", "width": WIDTH_PX, "height": HEIGHT,
-        "marks": stacked_bars(bars, BATCHES.index(chosen.batch), "batch size (sequences)"),
+        "text": _text(title, chosen, parts, needed, card_bytes), "status": "", "width": WIDTH_PX, "height": HEIGHT,
+        "marks": stacked_bars(bars, BATCHES.index(chosen.batch), "batch size (sequences)", num_fitting),
         "controls": controls(chosen), "steps": None, "legend": list(PARTS.values()), "lines": _lines(chosen),
         "lines_name": "derivation", "provenance": "calculated from data sheets; nothing here was measured",
-        "parts": parts, "regime": here.regime,
+        "parts": parts, "needed_bytes": needed, "card_bytes": card_bytes, "regime": here.regime,
     }  # fmt: skip
 
 
@@ -101,6 +116,18 @@ def step_parts(chosen: RegimeControls) -> StepParts:
     return StepParts(weights, kv, arithmetic, max(chosen.host_ms - (weights + kv + arithmetic), 0.0))
 
 
+def needed_bytes(chosen: RegimeControls) -> int:
+    """All weights, and K and V of the whole batch."""
+    held = kv_bytes_of_sequence(chosen.model, chosen.context, chosen.kv)
+    return int(weight_bytes(chosen.model, chosen.weights)) + chosen.batch * int(held)
+
+
+def room_words(num_bytes: int, card_bytes: int) -> str:
+    """room_words(291 * 10**9, 141 * 10**9) == "does not fit: 291 GB of 141 GB"."""
+    verdict = "does not fit" if num_bytes > card_bytes else "fits"
+    return f"{verdict}: {num_bytes / 1e9:,.0f} GB of {card_bytes / 1e9:,.0f} GB"
+
+
 def controls(chosen: RegimeControls) -> list[Control]:
     return [
         Choice("model", "model", model_options(), chosen.model),
@@ -113,11 +140,13 @@ def controls(chosen: RegimeControls) -> list[Control]:
     ]
 
 
-def _text(title: str, chosen: RegimeControls, parts: dict[int, StepParts]) -> str:
-    rows = [["batch", *(name + " ms" for name in StepParts._fields), "step ms", "tokens/s"]]
+def _text(
+    title: str, chosen: RegimeControls, parts: dict[int, StepParts], needed: dict[int, int], card_bytes: int
+) -> str:
+    rows = [["batch", *(f"{COLUMNS[name]} ms" for name in StepParts._fields), "step ms", "tokens/s", "memory"]]
     for batch, p in parts.items():
-        rate = f"{1e3 * batch / p.total:,.0f}"
-        rows.append([str(batch), *(f"{value:.3g}" for value in p), f"{p.total:.3g}", rate])
+        rate, room = f"{1e3 * batch / p.total:,.0f}", room_words(needed[batch], card_bytes)
+        rows.append([str(batch), *(f"{value:.3g}" for value in p), f"{p.total:.3g}", rate, room])
     return "\n".join([title, f"weights {chosen.weights}, K and V {chosen.kv}", *text_table(rows)])
 
 

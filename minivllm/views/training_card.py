@@ -1,7 +1,8 @@
-"""The training card: one model, served or trained on the same tokens; FLOPs, bytes kept, and FLOPs for each byte.
+"""The training card: one model on the same tokens, written one by one, read at once, or trained on.
 
-Draws passes that were counted elsewhere (minivllm/lab/training_card.py). The lesson is in the slider: a backward pass
-triples the FLOPs, but it is the number of tokens at once that carries a pass over the ridge.
+Draws passes that were counted elsewhere (minivllm/lab/training_card.py): FLOPs, bytes kept, FLOPs for each byte. The
+lesson is in the slider: a backward pass triples the FLOPs, but it is the number of tokens at once that carries a pass
+over the ridge; decode has one, however long its text.
 """
 
 from collections.abc import Sequence
@@ -31,23 +32,28 @@ from minivllm.views.step_work import chip_options, compute_dtype
 from minivllm.views.theme import OWNER_COLOURS, counted
 
 LEFT, RIGHT = 150.0, WIDTH_PX - 120.0
-ROW_PX, BAR_PX, TOP = 92.0, 24.0, 8.0
+ROW_PX, BAR_PX, TOP = 94.0, 18.0, 8.0
 KEYS = {
-    "off": Key(OWNER_COLOURS[4], "solid", "served: forward alone"),
-    "on": Key(OWNER_COLOURS[1], "hatch", "trained: forward and backward"),
+    "decode": Key(OWNER_COLOURS[2], "dots", "decoded: one new token after the others, batch 1"),
+    "off": Key(OWNER_COLOURS[4], "solid", "prefilled: forward alone, all tokens at once"),
+    "on": Key(OWNER_COLOURS[1], "hatch", "trained: forward and backward, all at once"),
 }
+STATES = {"decode": "decode", "prefill": "off", "training": "on"}  # of the passes' kinds
+BAR_WORDS = {"decode": "decoded", "off": "prefilled", "on": "trained"}
 HIGHEST = 1e4  # FLOP/byte, where the logarithmic bars end
 
 
 class CountedPass(Protocol):
-    """What the card asks of a pass; bytes moved are weights, gradients, and what is kept."""
+    """What the card asks of a pass; bytes moved are weights, gradients, what is kept, and K and V that are read."""
 
     @property
     def model(self) -> str: ...
     @property
+    def kind(self) -> str: ...  # decode, prefill or training
+    @property
     def num_tokens(self) -> int: ...
     @property
-    def has_backward(self) -> bool: ...
+    def num_stored(self) -> int: ...
     @property
     def products(self) -> int: ...
     @property
@@ -66,7 +72,7 @@ class CardControls:
 
 
 class CardPicture(SketchPicture):
-    flops_per_token: dict[str, float]  # by "off" and "on"
+    flops_per_token: dict[str, float]  # by "decode", "off" and "on"
     kept_per_token: dict[str, float]
     intensity: dict[str, float]  # FLOP/byte
     ridge: float
@@ -76,30 +82,30 @@ class TrainingCard(SketchView):
     """`TrainingCard(count_passes("smollm2-135m", (1, 16, 256, 2048)), backward="on")`."""
 
     def __init__(self, passes: Sequence[CountedPass], **chosen: int | str) -> None:
-        self._passes = {(p.num_tokens, "on" if p.has_backward else "off"): p for p in passes}
-        self._lengths = sorted({num_tokens for num_tokens, _ in self._passes})
-        if len(self._passes) != 2 * len(self._lengths) or not passes:
-            raise MiniVLLMError("the training card needs each length counted twice: without and with backward")
+        self._passes = {(p.num_stored, STATES[p.kind]): p for p in passes}
+        self._lengths = sorted({num_stored for num_stored, _ in self._passes})
+        if len(self._passes) != len(KEYS) * len(self._lengths) or not passes:
+            raise MiniVLLMError("the training card needs each length counted as decode, as prefill and as training")
         self._controls = CardControls(self._lengths[-1])
         super().__init__()
         self.choose(chosen)
 
     def drawn(self) -> CardPicture:
-        pair = {state: self._passes[self._controls.tokens, state] for state in KEYS}
-        return draw(self._controls, pair, self._lengths)
+        chosen = {state: self._passes[self._controls.tokens, state] for state in KEYS}
+        return draw(self._controls, chosen, self._lengths)
 
     def _moved(self, control: str, value: object) -> None:
         known = {control: accepted(controls(self._controls, self._lengths), control, value)}
         self._controls = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
 
 
-def draw(chosen: CardControls, pair: dict[str, CountedPass], lengths: Sequence[int]) -> CardPicture:
-    """Three rows of two bars; the chosen pass is framed."""
-    flops = {state: (p.products + p.attention) / p.num_tokens for state, p in pair.items()}
-    kept = {state: p.kept_bytes / p.num_tokens for state, p in pair.items()}
-    intensity = {state: (p.products + p.attention) / p.moved_bytes for state, p in pair.items()}
+def draw(chosen: CardControls, passes: dict[str, CountedPass], lengths: Sequence[int]) -> CardPicture:
+    """Three rows of three bars; the chosen pass is framed."""
+    flops = {state: (p.products + p.attention) / p.num_tokens for state, p in passes.items()}
+    kept = {state: p.kept_bytes / p.num_tokens for state, p in passes.items()}
+    intensity = {state: (p.products + p.attention) / p.moved_bytes for state, p in passes.items()}
     ridge = float(ridge_point(chosen.chip, compute_dtype(chosen.chip, "bf16")))
-    title = _title(chosen, pair, flops, kept, intensity, ridge)
+    title = _title(chosen, passes, flops, kept, intensity, ridge)
     rows = (
         ("FLOPs for each token", flops, {s: v / max(flops.values()) for s, v in flops.items()}, "FLOP"),
         ("bytes kept for each token", kept, {s: v / max(kept.values()) for s, v in kept.items()}, "bytes"),
@@ -116,30 +122,34 @@ def draw(chosen: CardControls, pair: dict[str, CountedPass], lengths: Sequence[i
         "text": _text(title, chosen, flops, kept, intensity), "status": "", "width": WIDTH_PX,
         "height": TOP + 3 * ROW_PX + 6, "marks": [*marks, *_ridge(ridge, chosen.chip)],
         "controls": controls(chosen, lengths), "steps": None, "legend": list(KEYS.values()),
-        "lines": _lines(pair), "lines_name": "how it was counted",
+        "lines": _lines(passes), "lines_name": "how it was counted",
         "provenance": "counted on tensors by torch's FLOP counter and autograd's hooks; nothing was timed",
         "flops_per_token": flops, "kept_per_token": kept, "intensity": intensity, "ridge": ridge,
     }  # fmt: skip
 
 
 def controls(chosen: CardControls, lengths: Sequence[int]) -> list[Control]:
-    states = [("off", "off: served"), ("on", "on: trained")]
+    states = [("decode", "off: one token decoded"), ("off", "off: all prefilled"), ("on", "on: trained")]
     return [
-        Slider("tokens", "tokens at once", [*lengths], chosen.tokens, counted(chosen.tokens, "token")),
+        Slider("tokens", "tokens of the text", [*lengths], chosen.tokens, counted(chosen.tokens, "token")),
         Choice("backward", "backward", states, chosen.backward),
         Choice("chip", "chip", chip_options(), chosen.chip),
     ]
 
 
 def _title(
-    chosen: CardControls, pair: dict[str, CountedPass], flops: dict[str, float], kept: dict[str, float],
+    chosen: CardControls, passes: dict[str, CountedPass], flops: dict[str, float], kept: dict[str, float],
     intensity: dict[str, float], ridge: float,
 ) -> str:  # fmt: skip
     state = chosen.backward
-    what = "Trained" if state == "on" else "Served"
+    tokens = counted(chosen.tokens, "token")
+    what = {
+        "decode": f"Decoding the last of {tokens}", "off": f"Prefilling {tokens} at once",
+        "on": f"Trained on {tokens} at once",
+    }[state]  # fmt: skip
     where = "above" if intensity[state] >= ridge else "below"
     return (
-        f"{what} on {counted(chosen.tokens, 'token')} at once, {pair[state].model} does {_value(flops[state], 'FLOP')}"
+        f"{what}, {passes[state].model} does {_value(flops[state], 'FLOP')}"
         f" and keeps {_value(kept[state], 'bytes')} for each token; {_value(intensity[state], 'FLOP/byte')} moved is"
         f" {where} the ridge of {chosen.chip} ({plain(round(ridge))})."
     )
@@ -151,15 +161,15 @@ def _row(
     top = TOP + index * ROW_PX
     marks: list[Mark] = [Words(4, top, name, 12)]
     for i, (state, value) in enumerate(values.items()):
-        y, width = top + 20 + i * (BAR_PX + 6), max(shares[state] * (RIGHT - LEFT), 1)
+        y, width = top + 20 + i * (BAR_PX + 5), max(shares[state] * (RIGHT - LEFT), 1)
         key, words = KEYS[state], _value(value, unit)
-        marks.append(Words(LEFT - 6, y + 6, "trained" if state == "on" else "served", 11, "soft", "end"))
+        marks.append(Words(LEFT - 6, y + 3, BAR_WORDS[state], 11, "soft", "end"))
         marks.append(
             Box(LEFT, y, width, BAR_PX, key.fill, key.pattern, "", f"{key.words}: {words}", ("backward", state))
         )
         if state == chosen.backward:
             marks.append(Box(LEFT - 2, y - 2, width + 4, BAR_PX + 4, "pick", "outline", "pick"))
-        marks.append(Words(LEFT + width + 7, y + 6, words, 11))
+        marks.append(Words(LEFT + width + 7, y + 3, words, 11))
     return marks
 
 
@@ -192,12 +202,14 @@ def _text(
     return "\n".join([title, *text_table(rows)])
 
 
-def _lines(pair: dict[str, CountedPass]) -> list[str]:
+def _lines(passes: dict[str, CountedPass]) -> list[str]:
     """The closed forms beside the count."""
-    served, trained = pair["off"], pair["on"]
+    served, trained = passes["off"], passes["on"]
     count, tokens = served.products / (2 * served.num_tokens), counted(served.num_tokens, "token")
     ratio = plain(trained.products / served.products)
+    each = _value(served.attention / served.num_tokens, "FLOP")
     return [
         f"products: {served.products:,} FLOP = 2 × {count:,.0f} weights × {tokens}; with backward {ratio} × as many",
-        "moved: weights + what is kept; with backward 3 × weights (2 reads, 1 gradient) + 2 × what is kept",
+        f"attention: {each} for each token, each query with all {tokens}, masked ones too; with backward 3.5 × as much",
+        "moved: weights + K and V of all tokens; with backward 3 × weights (2 reads, 1 gradient) + 2 × what is kept",
     ]

@@ -106,11 +106,11 @@ WORKLOADS = (
     ("prefill of one prompt of 8,192 tokens, 8B model, H100", "compute"),
     ("prefill of 64 prompts of 500 tokens in one step, 8B model, H100", "compute"),
     ("training step, batch of 4M tokens, 8B model", "compute"),
-    ("decode of one request at 1k context, 8B model, H100", "bandwidth"),
-    ("decode of 32 requests at 500 tokens, 8B model, H100", "bandwidth"),
-    ("attention of 256 requests decoding at 8k context, MHA", "bandwidth"),
-    ("decode of one request, 135M model, eager PyTorch on an H100", "overhead"),
-    ("decode of 4 requests, 100M drafter, no CUDA graph, H100", "overhead"),
+    ("decode of one request at 1k context, 8B model, H100, with a CUDA graph", "bandwidth"),
+    ("decode of 32 requests at 500 tokens, 8B model, H100, with a CUDA graph", "bandwidth"),
+    ("attention of 256 requests decoding at 8k context, as many KV heads as query heads, CUDA graph", "bandwidth"),
+    ("decode of one request, 135M model, PyTorch on an H100, each kernel launched by itself", "overhead"),
+    ("decode of 4 requests, 100M model that drafts tokens for a larger one, no CUDA graph, H100", "overhead"),
 )
 
 
@@ -133,7 +133,9 @@ def classify(random: Random, facts: Facts) -> Problem:
         Slip("everything bound by bandwidth", ("bandwidth",) * 6,
              "Prefill has hundreds of FLOPs for each byte: it is bound by compute."),
         Slip("every decode bound by overhead", tuple("overhead" if d else k for d, k in zip(is_decode, kinds,
-             strict=True)), "Reading 16 GB takes 4.8 ms on an H100: more than launching the kernels."),
+             strict=True)), "A CUDA graph launches all kernels of a step at once: reading 16 GB then takes longer."),
+        Slip("memory for bandwidth", tuple("memory" if kind == "bandwidth" else kind for kind in kinds),
+             "Say bandwidth: these wait for the rate at which memory is read, not for its size."),
     )  # fmt: skip
     lines = "\n".join(f"{i}. {words}" for i, (words, _) in enumerate(drawn, 1))
     question = f"What bounds each: compute, bandwidth or overhead? Give a list of six words.\n{lines}"
@@ -165,6 +167,6 @@ EXERCISES = (
     Exercise("01.5", "Classify six workloads", (
         "How many tokens use each byte that is read? Compare that with the ridge.",
         "Batching lets many tokens share the weights, but every request reads its own K and V.",
-        "A model of 0.1B parameters is read in 0.1 ms; launching its hundreds of kernels takes longer.",
+        "A model of 0.1B parameters is read in 0.1 ms; launching its hundreds of kernels one by one takes longer.",
     ), Place(ROOFLINE, "attention_intensity"), classify),
 )  # fmt: skip

@@ -125,7 +125,7 @@ def audit(random: Random, facts: Facts) -> Problem:
     """Four published claims; the right number for each."""
     drawn = random.sample(CLAIMS, 4)
     parts: Sequence[Part] = [claim.part() for claim in drawn]
-    lines = "\n".join(f"{i}. {claim.words} In {claim.unit}?" for i, claim in enumerate(drawn, 1))
+    lines = "\n".join(f"{i}. {claim.words} [{claim.source}] In {claim.unit}?" for i, claim in enumerate(drawn, 1))
     question = f"Each of these was published, and each is wrong. Give the right numbers, as a list of four:\n{lines}"
     return Problem(question, tuple(parts), tuple(claim.conclusion for claim in drawn))
 
