@@ -13,15 +13,7 @@ from minivllm.arguments import Params, as_list, per_prompt
 from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, search_all
 from minivllm.chat_template import apply_template
 from minivllm.config import require_integers
-from minivllm.defaults import (
-    choose_groups,
-    engine_config,
-    load_tokenizer,
-    longest_request,
-    pool_size,
-    read_model_config,
-    refuse_unknown,
-)
+from minivllm.defaults import load_tokenizer, read_model_config, refuse_unknown
 from minivllm.engine.engine import Engine
 from minivllm.engine_config import CHOICES, EngineConfig, Policies
 from minivllm.errors import ModelError, RequestError
@@ -31,9 +23,8 @@ from minivllm.outputs import RequestOutput, Tokenizer
 from minivllm.provenance import provenance
 from minivllm.request import SamplingParams
 from minivllm.runner.device import choose_device
-from minivllm.runner.kv_storage import KVStorage, block_bytes
-from minivllm.runner.loader import build_model
-from minivllm.runner.model_runner import ModelRunner
+from minivllm.runner.kv_storage import block_bytes
+from minivllm.startup import GpuOptions, Sizes, start
 from minivllm.text_engine import Checked, Generation, Prompt, TextEngine
 from minivllm.trace import Trace
 from minivllm.weights import find_model
@@ -47,8 +38,10 @@ class LLM:
 
     `model` is an alias (smollm2-135m), a folder, a Hugging Face id, or with load_format="dummy" a built-in config.
     `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright, `swap_space` GiB of host memory
-    for preemption by swap; `batch_invariant` makes every bit of an answer independent of the batch (CPU). The policies
-    are fields of EngineConfig: batching, allocator ... Raises ModelError and ConfigError, one line each.
+    for preemption by swap; `batch_invariant` makes every bit of an answer independent of the batch (CPU). On a GPU the
+    pool takes what `gpu_memory_utilization` of its memory leaves when nothing else says, and `enforce_eager=True` runs
+    decode steps without CUDA graphs; a CPU accepts both, and they do nothing there. The policies are fields of
+    EngineConfig: batching, allocator ... Raises ModelError and ConfigError, one line each.
     """
 
     def __init__(
@@ -66,28 +59,27 @@ class LLM:
         load_format: str = "auto",
         device: str = "auto",
         show_progress: bool = True,
+        enforce_eager: bool = False,
+        gpu_memory_utilization: float = 0.9,
         **policies: Unpack[Policies],
     ) -> None:
         refuse_unknown(policies, LLM.__init__)
         sizes = {"max_model_len": max_model_len, "num_blocks": num_blocks, "kv_cache_memory": kv_cache_memory}
         require_integers(**sizes, block_size=block_size, seed=seed)
+        wished = Sizes(block_size, max_model_len, num_blocks, kv_cache_memory, swap_space)
+        gpu = GpuOptions(enforce_eager, gpu_memory_utilization)
         source = find_model(model, load_format, show_progress)
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
         dtype = str(dtype).removeprefix("torch.")
         self.model_config = read_model_config(source, dtype, self.device, batch_invariant)
-        groups = choose_groups(self.model_config, policies)
-        num_blocks = pool_size(self.model_config, groups, block_size, num_blocks, kv_cache_memory, self.device)
-        max_model_len = longest_request(self.model_config, policies, groups, max_model_len, num_blocks, block_size)
-        config = engine_config(
-            self.model_config, policies, groups, num_blocks=num_blocks, block_size=block_size,
-            max_model_len=max_model_len, swap_space=swap_space,
+        started = start(
+            source, self.model_config, policies, wished, gpu, device=self.device,
+            has_weights=load_format == "auto", seed=seed, show_progress=show_progress,
         )  # fmt: skip
         self.tokenizer = load_tokenizer(source)
-        built = build_model(self.model_config, source.weight_files if load_format == "auto" else [], seed, self.device)
-        self.storage = KVStorage(self.model_config, num_blocks, block_size, self.device, config.num_host_blocks, groups)
-        self.runner = ModelRunner(built, self.model_config, self.storage, self.device)
-        self.engine = Engine(config, self.runner)
+        self.storage, self.runner = started.storage, started.runner
+        self.engine = Engine(started.config, self.runner)
         self.text_engine = TextEngine(self.engine, self.tokenizer, self.model, self.model_config.vocab_size, seed)
 
     @property

@@ -60,6 +60,7 @@ def tokens(folder: Path, **options: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("budget", [512, 24], ids=["whole prompts", "chunks beside decodes"])
 def test_tokens_are_those_of_the_torch_backend(folder: Path, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minivllm.runner.model_runner.make_fused", lambda *_: None)
     chosen = "minivllm.runner.model_runner.choose_backend"
     monkeypatch.setattr(chosen, in_torch)
     expected = tokens(folder, max_num_batched_tokens=budget)

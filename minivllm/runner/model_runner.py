@@ -1,4 +1,10 @@
-"""Runs a step's plan on one device: build the batch, run the model, choose the tokens."""
+"""Runs a step's plan on one device: build the batch, run the model, choose the tokens.
+
+On a GPU, models of the Llama family that our kernels fit run fused (fused_steps.py); this file's way is for all others.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,17 +16,25 @@ from minivllm.models.decoder import Decoder
 from minivllm.request import Request
 from minivllm.runner.batch import build_batches, logit_range
 from minivllm.runner.kv_storage import KVStorage
-from minivllm.runner.sampler import sample, token_logprobs
+from minivllm.runner.sampler import judge_prompt, sample, token_logprobs
+from minivllm.runner.step_buffers import StepLimits
+
+if TYPE_CHECKING:
+    from minivllm.runner.fused_steps import FusedSteps
 
 
 class ModelRunner:
     """The model, the bytes of its KV cache, and the way from a plan to new tokens."""
 
-    def __init__(self, model: Decoder, config: ModelConfig, storage: KVStorage, device: str) -> None:
+    def __init__(
+        self, model: Decoder, config: ModelConfig, storage: KVStorage, device: str, limits: StepLimits
+    ) -> None:
         self.model = model
         self.config = config
         self.storage = storage
         self.device = device
+        self.limits = limits
+        self.fused = make_fused(model, config, storage, limits, device)
         self._backend = choose_backend(device, config)
         self._configs = group_configs(config, storage.groups)
         self._layers: list[LayerKV] = list(storage.layers)
@@ -29,25 +43,34 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every scheduled token, store its K and V, and sample where a request is up to date."""
         self.storage.move(plan.transfers)
-        self.storage.clear(plan.fresh_block_ids)
+        if self.fused is None:
+            self.storage.clear(plan.fresh_block_ids)  # our kernels never look at what is not stored
         if not plan.scheduled:
             return StepResult({})
-        return self._choose_tokens(plan, self.logits(plan))
+        return self._choose_tokens(plan, self.logits(plan)) if self.fused is None else self.fused.run(plan)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Compute every scheduled token and store its K and V; the logits that are wanted, [R, vocab]."""
+        if self.fused is not None:
+            return self.fused.wanted_logits(plan)
         batches = build_batches(plan, self.storage.block_size, self.device)
         parts = zip(self._configs, batches, strict=True)
         attentions = [self._backend(config, batch, self._layers) for config, batch in parts]
         attention = attentions[0] if len(attentions) == 1 else GroupedAttention(attentions, self.storage.groups)
         return self.model(batches[0].token_ids, batches[0].positions, batches[0].logit_rows, attention)
 
+    @torch.inference_mode()
+    def capture_graphs(self, *, show_progress: bool) -> None:
+        """Where steps run fused, make decode steps CUDA graphs: before the first plan, when all rows are padding."""
+        if self.fused is not None:
+            self.fused.decode.capture(show_progress=show_progress)
+
     def twin(self, num_host_blocks: int) -> "ModelRunner":
-        """The same model, not a copy of it, on storage of its own that holds zeros."""
+        """The same model, not a copy of it, on storage of its own that holds zeros; without graphs."""
         num_blocks, block_size = self.storage.data.shape[2:4]
         storage = KVStorage(self.config, num_blocks, block_size, self.device, num_host_blocks, self.storage.groups)
-        return ModelRunner(self.model, self.config, storage, self.device)
+        return ModelRunner(self.model, self.config, storage, self.device, self.limits)
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
         return self.storage.save_block(block_id, on_host=on_host)
@@ -60,11 +83,12 @@ class ModelRunner:
 
         The samples that fork off a prompt all draw their first token from its last row.
         """
-        sampled, last_rows, prompt_logprobs, row = list[Request](), list[int](), {}, 0
+        sampled, last_rows, row = list[Request](), list[int](), 0
+        prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = {}
         for request, num_new in plan.scheduled:
             first, end = logit_range(request, num_new)
             if request.params.prompt_logprobs is not None:
-                prompt_logprobs[request.id] = (first, self._judge_prompt(request, first, end, logits[row:]))
+                prompt_logprobs[request.id] = (first, judge_prompt(request, first, end, logits[row:]))
             row += end - first
             if needs_token(request, num_new):
                 samples = (request, *request.pending_forks)
@@ -82,11 +106,25 @@ class ModelRunner:
         chosen = token_ids.tolist()
         return StepResult({r.id: [t] for r, t in zip(sampled, chosen, strict=True)}, logprobs, prompt_logprobs)
 
-    def _judge_prompt(self, request: Request, first: int, end: int, logits: torch.Tensor) -> list[TokenLogprobs]:
-        """Logprobs of the prompt tokens at first+1 .. that the logits at first .. predict."""
-        assert request.params.prompt_logprobs is not None
-        judged = request.token_ids[first + 1 : min(end + 1, request.num_prompt)]
-        if not judged:
-            return []
-        token_ids = torch.tensor(judged, device=logits.device)
-        return token_logprobs(logits[: len(judged)], token_ids, request.params.prompt_logprobs)
+
+def make_fused(
+    model: Decoder, config: ModelConfig, storage: KVStorage, limits: StepLimits, device: str
+) -> "FusedSteps | None":
+    """The fast way for this model on this device; None where there is none."""
+    is_plain = config.mla is None and not config.batch_invariant and len(storage.groups.windows) == 1
+    if not (device.startswith("cuda") and is_plain and find_spec("triton")):
+        return None
+    return fused_where_it_fits(model, config, storage, limits, device)
+
+
+def fused_where_it_fits(
+    model: Decoder, config: ModelConfig, storage: KVStorage, limits: StepLimits, device: str
+) -> "FusedSteps | None":
+    """The fused steps of a Llama, if its sizes are the kernels'; under Triton's interpreter on a CPU, too."""
+    from minivllm.models.fused_llama import kernel_obstacle  # lazily: a CPU needs no triton
+    from minivllm.runner.fused_steps import FusedSteps
+    from minivllm.runner.kernel_sampler import fits_sampler
+
+    if kernel_obstacle(config, storage.block_size) or not fits_sampler(config.vocab_size):
+        return None
+    return FusedSteps(model, config, storage, limits, device)

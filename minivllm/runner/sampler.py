@@ -102,3 +102,13 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) 
             strict=True,
         )
     ]  # fmt: skip
+
+
+def judge_prompt(request: Request, first: int, end: int, logits: torch.Tensor) -> list[TokenLogprobs]:
+    """Logprobs of the prompt tokens at first+1 .. that the logits at first .. predict."""
+    assert request.params.prompt_logprobs is not None
+    judged = request.token_ids[first + 1 : min(end + 1, request.num_prompt)]
+    if not judged:
+        return []
+    token_ids = torch.tensor(judged, device=logits.device)
+    return token_logprobs(logits[: len(judged)], token_ids, request.params.prompt_logprobs)

@@ -1,0 +1,153 @@
+"""The Llama family in nine launches a layer: the weights of a Decoder, whose own forward is this one's slow twin.
+
+    x --qkv--> q and k normed, turned; k and v stored --attention--> --o--> added to the residual, normed --> x
+    x --gate, up--> silu(gate) * up --down--> added to the residual, normed with the next layer's weight --> x
+
+Integers are int32, as kernels read them. Rows of padding have position and slot -1 and no keys: nothing is stored.
+It allocates only what a CUDA graph's pool may hold, and never waits for the GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from minivllm_kernels.activations import silu_and_mul
+from minivllm_kernels.checks import BLOCK_SIZES, HEAD_SIZES
+from minivllm_kernels.fastest import fastest_attention, fastest_decode
+from minivllm_kernels.norms import MAX_WIDTH, add_rms_norm, rms_norm
+from minivllm_kernels.paged_attention import paged_attention
+from minivllm_kernels.store_kv import qk_norm_rope_store
+from minivllm_kernels.workspace import SplitWorkspace
+from torch import nn
+
+from minivllm.attention import ForwardBatch, LayerKV
+from minivllm.config import ModelConfig
+from minivllm.models.decoder import Decoder
+from minivllm.models.layers import GatedMLP
+from minivllm.models.llama import SelfAttention
+
+MOST_GROUPED = 128  # query heads of a KV head, in a tile of paged_attention
+
+
+Matrix = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in], bias
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's tensors, taken from its modules once: looking them up costs as much as a launch."""
+
+    input_norm: torch.Tensor
+    qkv: Matrix
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Matrix
+    mlp_norm: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "LayerWeights":
+        attention, mlp = layer.get_submodule("attention"), layer.get_submodule("mlp")
+        assert isinstance(attention, SelfAttention) and isinstance(mlp, GatedMLP)
+        return cls(
+            input_norm=layer.get_parameter("input_norm.weight"),
+            qkv=(attention.qkv_proj.weight, attention.qkv_proj.bias),
+            q_norm=attention.q_norm.weight if attention.has_qk_norm else None,
+            k_norm=attention.k_norm.weight if attention.has_qk_norm else None,
+            o=(attention.o_proj.weight, attention.o_proj.bias),
+            mlp_norm=layer.get_parameter("mlp_norm.weight"),
+            gate_up=(mlp.gate_up_proj.weight, mlp.gate_up_proj.bias),
+            down=(mlp.down_proj.weight, mlp.down_proj.bias),
+        )
+
+
+class FusedLlama:
+    """A built Decoder over the KV of its layers, run by our kernels."""
+
+    def __init__(self, model: Decoder, config: ModelConfig, layers: list[LayerKV], max_model_len: int) -> None:
+        self.config = config
+        self.weights = [LayerWeights.of(layer) for layer in model.layers]
+        self.embeddings, self.norm, self.lm_head = model.embed.weight, model.norm.weight, model.lm_head.weight
+        self.layers = layers
+        self.cos_sin = angle_table(model, max_model_len)
+        group = config.num_heads // config.num_kv_heads
+        self.workspace = SplitWorkspace.allocate(self.cos_sin.device, 0, group, config.head_size)
+
+    def body(self, batch: ForwardBatch, max_query_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers: what the last one adds and the residual it is added to, both [T, hidden].
+
+        With one query for each request (max_query_len 1) row r is request r; requests without keys are padding.
+        Otherwise the first len(logit_rows) requests are there, and those behind them have no queries.
+        """
+        eps = self.config.rms_norm_eps
+        residual = F.embedding(batch.token_ids, self.embeddings)
+        x = torch.empty_like(residual)
+        rms_norm(residual, self.weights[0].input_norm, x, eps=eps)
+        for number, weights in enumerate(self.weights):
+            if number > 0:
+                add_rms_norm(x, residual, weights.input_norm, x, eps=eps)
+            x = self._attend(number, x, batch, max_query_len)
+            add_rms_norm(x, residual, weights.mlp_norm, x, eps=eps)
+            gate_up = F.linear(x, *weights.gate_up)
+            gated = gate_up.new_empty(len(x), self.config.intermediate_size)
+            silu_and_mul(gate_up, gated)
+            x = F.linear(gated, *weights.down)
+        return x, residual
+
+    def head(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Logits [R, vocab] into `out`, from rows of what `body` gave; overwrites these rows."""
+        add_rms_norm(x, residual, self.norm, x, eps=self.config.rms_norm_eps)
+        return torch.mm(x, self.lm_head.t(), out=out)
+
+    def _attend(self, number: int, x: torch.Tensor, batch: ForwardBatch, max_query_len: int) -> torch.Tensor:
+        """A layer's attention: normed residual in, what is to be added to it out; [T, hidden] both."""
+        weights, config, kv = self.weights[number], self.config, self.layers[number]
+        qkv = F.linear(x, *weights.qkv)
+        num_q = config.num_heads * config.head_size
+        q = qkv[:, :num_q].unflatten(1, (config.num_heads, config.head_size))  # turned in place
+        qk_norm_rope_store(
+            qkv, weights.q_norm, weights.k_norm, self.cos_sin, batch.positions, batch.slots, q, kv.k, kv.v,
+            num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, eps=config.rms_norm_eps,
+        )  # fmt: skip
+        out = q.new_empty(q.shape)
+        window = config.window_of(number)
+        if max_query_len == 1:
+            decode = fastest_decode(q, kv.k, kv.v)
+            decode(q, kv.k, kv.v, batch.block_table, batch.num_tokens, out, self.workspace, window=window)
+        else:
+            self._attend_ragged(q, kv, batch, out, max_query_len, window)
+        return F.linear(out.flatten(1), *weights.o)
+
+    def _attend_ragged(
+        self, q: torch.Tensor, kv: LayerKV, batch: ForwardBatch, out: torch.Tensor, max_query_len: int,
+        window: int | None,
+    ) -> None:  # fmt: skip
+        """Prompts and chunks, beside decodes or not."""
+        num_requests = len(batch.logit_rows)
+        kernel = fastest_attention(q, kv.k, kv.v, num_requests, max_query_len)
+        if kernel is paged_attention:
+            num_requests = len(batch.num_tokens)  # all rows there are, always: it compiles for the size of the batch
+        kernel(
+            q, kv.k, kv.v, batch.block_table[:num_requests], batch.num_tokens[:num_requests],
+            batch.query_starts[: num_requests + 1], out, max_query_len=max_query_len, window=window,
+        )  # fmt: skip
+
+
+def angle_table(model: Decoder, max_model_len: int) -> torch.Tensor:
+    """Cosines, then sines, of every position: [max_model_len, D] in fp32, as the kernel reads them."""
+    device = model.embed.weight.device
+    cos, signed_sin = model.rope.angles(torch.arange(max_model_len, device=device), torch.float32)
+    half = cos.shape[-1] // 2
+    return torch.cat((cos[:, 0, :half], signed_sin[:, 0, half:]), dim=-1).contiguous()
+
+
+def kernel_obstacle(config: ModelConfig, block_size: int) -> str | None:
+    """What of a model of the Llama family our kernels cannot do; None if nothing."""
+    obstacles = {
+        f"head size {config.head_size} is not one of {HEAD_SIZES}": config.head_size not in HEAD_SIZES,
+        f"block_size {block_size} is not one of {BLOCK_SIZES}": block_size not in BLOCK_SIZES,
+        "the hidden size must be a multiple of 8": config.hidden_size % 8 != 0 or config.hidden_size > MAX_WIDTH,
+        "the MLP's size must be a multiple of 8": config.intermediate_size % 8 != 0,
+        f"more than {MOST_GROUPED} query heads share a KV head": config.num_heads > MOST_GROUPED * config.num_kv_heads,
+    }
+    return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)

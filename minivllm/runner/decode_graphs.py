@@ -1,0 +1,73 @@
+"""Steps of one token per request, as one CUDA graph for each size of batch: body, logits and sampling in one launch.
+
+    requests   1  2  3  4  5 ... 8  9 ... 16  17 ... 24  ...
+    size       1  2  4  4  8 ... 8  16 ... 16  24 ... 24  ...     rows behind the batch are padding
+
+Graphs share one pool of memory, so the largest is captured first and the others fit into it. Without graphs the same
+kernels run on the same padded rows: the bits are the same.
+"""
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from tqdm.auto import tqdm
+
+from minivllm.runner.kernel_sampler import KernelSampler
+from minivllm.runner.step_buffers import StepBuffers
+
+if TYPE_CHECKING:
+    from minivllm.models.fused_llama import FusedLlama
+
+
+class Graph(Protocol):
+    """What a captured step can do."""
+
+    def replay(self) -> None: ...
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """Sizes for which a step is captured: batch_sizes(20) == [1, 2, 4, 8, 16, 20]."""
+    sizes = [1, 2, 4, 8, *range(16, max_num_seqs, 8), max_num_seqs]
+    return sorted({size for size in sizes if size <= max_num_seqs})
+
+
+class DecodeSteps:
+    """Computes the logits and tokens of single queries that StepBuffers holds."""
+
+    def __init__(self, model: "FusedLlama", buffers: StepBuffers, sampler: KernelSampler, logits: torch.Tensor) -> None:
+        self.sizes = batch_sizes(len(logits))
+        self.graphs: dict[int, Graph] = {}
+        self._model, self._buffers, self._sampler, self._logits = model, buffers, sampler, logits
+
+    def padded(self, num_requests: int) -> int:
+        """The least size that holds the batch."""
+        return next(size for size in self.sizes if size >= num_requests)
+
+    def run(self, num_requests: int) -> None:
+        """Compute the step that is loaded; by its graph, if there is one."""
+        size = self.padded(num_requests)
+        if size in self.graphs:
+            self.graphs[size].replay()
+        else:
+            self.compute(size)
+
+    def compute(self, size: int) -> None:
+        """One step of `size` rows: logits to their place, tokens to the sampler's."""
+        batch, buffers = self._buffers.singles(size), self._buffers
+        logits = self._model.head(*self._model.body(batch, max_query_len=1), out=self._logits[:size])
+        self._sampler(logits, buffers.temperatures, buffers.seeds, buffers.num_tokens)
+
+    def capture(self, *, show_progress: bool) -> None:
+        """Capture a graph for each size; the rows loaded now must be padding, for each is computed once before."""
+        pool = torch.cuda.graph_pool_handle()
+        bar = tqdm(list(reversed(self.sizes)), desc="Capturing CUDA graphs", disable=not show_progress, leave=False)
+        for size in bar:
+            self.compute(size)  # compiles what is new: nothing may be loaded during a capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            recording: AbstractContextManager[None] = torch.cuda.graph(graph, pool=pool)
+            with recording:
+                self.compute(size)
+            self.graphs[size] = graph
+        torch.cuda.synchronize()

@@ -1,0 +1,71 @@
+"""Tokens chosen on the device: one kernel for all rows, and again for the few whose logits must be changed first.
+
+Noise is a function of (seed, position) as in sampler.py, but made by the kernel: other numbers than on a CPU, the same
+in every batch, with and without a graph. Greedy rows get the token that they get on a CPU.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from minivllm_kernels.sampling import MAX_TILES, TILE
+from minivllm_kernels.sampling import sample as sample_rows
+
+from minivllm.request import Request, SamplingParams
+from minivllm.runner.sampler import apply_penalties, forbid_early_end
+
+
+class KernelSampler:
+    """The kernel, its workspace, and where the chosen tokens lie."""
+
+    def __init__(self, max_num_seqs: int, device: str) -> None:
+        self.token_ids = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._partial = torch.empty(max_num_seqs, MAX_TILES, dtype=torch.int64, device=device)
+        self._arrivals = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Choose for every row of logits [R, vocab]; row r's token goes to token_ids[r]."""
+        rows = slice(len(logits))
+        sample_rows(
+            logits, temperatures[rows], seeds[rows], positions[rows], self.token_ids[rows], self._partial[rows],
+            self._arrivals[rows],
+        )  # fmt: skip
+
+
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether more than temperature and seed decide: filters, penalties, tokens that may not come yet."""
+    has_filter = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+    return params.has_penalties or params.min_tokens > 0 or (has_filter and not params.is_greedy)
+
+
+def sample_changed(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> list[int]:
+    """The next token of each request by all of its parameters; row r of logits [R, vocab] belongs to requests[r]."""
+    logits, device = logits.to(torch.float32, copy=True), logits.device
+    for row, request in enumerate(requests):
+        forbid_early_end(logits[row], request, eos_token_ids)
+        apply_penalties(logits[row], request)
+
+    def column(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    params = [request.params for request in requests]
+    token_ids = column([0] * len(requests), torch.int32)
+    sample_rows(
+        logits,
+        column([each.temperature for each in params], torch.float32),
+        column([(request.seed + 2**63) % 2**64 - 2**63 for request in requests], torch.int64),
+        column([request.num_tokens for request in requests], torch.int32),
+        token_ids,
+        partial=torch.empty(len(requests), MAX_TILES, dtype=torch.int64, device=device),
+        arrivals=torch.zeros_like(token_ids),
+        floors=torch.empty_like(logits[:, 0]),
+        top_k=column([max(each.top_k, 0) for each in params], torch.int32),
+        top_p=column([each.top_p for each in params], torch.float32),
+        min_p=column([each.min_p for each in params], torch.float32),
+    )
+    return token_ids.tolist()
+
+
+def fits_sampler(vocab_size: int) -> bool:
+    return vocab_size <= MAX_TILES * TILE.value

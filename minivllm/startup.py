@@ -1,0 +1,115 @@
+"""From a model and options to an engine that runs, in the order in which a device's memory wants it.
+
+On a GPU: weights, the largest step, then as many KV blocks as there is room for, then the graphs over them.
+"""
+
+from dataclasses import dataclass, replace
+
+from minivllm.config import ModelConfig
+from minivllm.defaults import choose_groups, engine_config, longest_request, pool_size
+from minivllm.engine_config import EngineConfig, Policies
+from minivllm.errors import ConfigError
+from minivllm.layer_groups import LayerGroups
+from minivllm.models.decoder import Decoder
+from minivllm.runner.kv_storage import KVStorage
+from minivllm.runner.loader import build_model
+from minivllm.runner.memory import least_pool, measure, memory_for
+from minivllm.runner.model_runner import ModelRunner
+from minivllm.runner.step_buffers import StepLimits
+from minivllm.weights import ModelSource
+
+UNLIMITED_BLOCKS = 2**40
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the user says of the pool; None: as follows from the machine."""
+
+    block_size: int
+    max_model_len: int | None
+    num_blocks: int | None
+    kv_cache_memory: int | None
+    swap_space: float
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """What matters on a GPU alone."""
+
+    enforce_eager: bool
+    gpu_memory_utilization: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enforce_eager, bool):
+            raise ConfigError(f"enforce_eager must be True or False, not {self.enforce_eager!r}")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
+
+
+@dataclass(frozen=True)
+class Started:
+    config: EngineConfig
+    storage: KVStorage
+    runner: ModelRunner
+
+
+def start(
+    source: ModelSource, model: ModelConfig, policies: Policies, sizes: Sizes, gpu: GpuOptions, *, device: str,
+    has_weights: bool, seed: int, show_progress: bool,
+) -> Started:  # fmt: skip
+    """Load the model and make its runner. Raises ModelError and ConfigError, one line each."""
+    groups, files = choose_groups(model, policies), source.weight_files if has_weights else []
+    built = None
+    if device == "cuda":
+        _check_early(model, policies, groups, sizes)
+        built = _load(model, files, seed, device)
+        sizes = replace(sizes, kv_cache_memory=_measured(built, model, policies, groups, sizes, gpu))
+    config = _config(model, policies, groups, sizes, device)
+    built = built or _load(model, files, seed, device)
+    limits = limits_of(config)
+    with memory_for(f"a KV pool of {config.num_blocks} blocks: lower kv_cache_memory or num_blocks"):
+        storage = KVStorage(model, config.num_blocks, config.block_size, device, config.num_host_blocks, groups)
+        runner = ModelRunner(built, model, storage, device, limits)
+    if device == "cuda" and not gpu.enforce_eager:
+        figure = f"lower gpu_memory_utilization ({gpu.gpu_memory_utilization:g}) or max_num_seqs"
+        with memory_for(f"the graphs of decode steps: {figure}, or set enforce_eager=True"):
+            runner.capture_graphs(show_progress=show_progress)
+    return Started(config, storage, runner)
+
+
+def limits_of(config: EngineConfig) -> StepLimits:
+    """What the memory of a step is made for."""
+    return StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size)
+
+
+def _load(model: ModelConfig, files: list, seed: int, device: str) -> Decoder:
+    with memory_for(f"the weights of {model.num_parameters:,} parameters in {model.dtype}: take a smaller model"):
+        return build_model(model, files, seed, device)
+
+
+def _config(model: ModelConfig, policies: Policies, groups: LayerGroups, sizes: Sizes, device: str) -> EngineConfig:
+    num_blocks = pool_size(model, groups, sizes.block_size, sizes.num_blocks, sizes.kv_cache_memory, device)
+    asked = sizes.max_model_len
+    max_model_len = longest_request(model, policies, groups, asked, num_blocks, sizes.block_size)
+    return engine_config(
+        model, policies, groups, num_blocks=num_blocks, block_size=sizes.block_size, max_model_len=max_model_len,
+        swap_space=sizes.swap_space,
+    )  # fmt: skip
+
+
+def _check_early(model: ModelConfig, policies: Policies, groups: LayerGroups, sizes: Sizes) -> EngineConfig:
+    """What can be refused before the weights are loaded: all but the size of the pool."""
+    num_blocks = UNLIMITED_BLOCKS if sizes.num_blocks is None else sizes.num_blocks
+    return _config(model, policies, groups, replace(sizes, num_blocks=num_blocks, kv_cache_memory=None), "cuda")
+
+
+def _measured(
+    built: Decoder, model: ModelConfig, policies: Policies, groups: LayerGroups, sizes: Sizes, gpu: GpuOptions
+) -> int | None:
+    """The KV budget: as asked, or what is left beside weights, the largest step and the graphs."""
+    if sizes.num_blocks is not None or sizes.kv_cache_memory is not None:
+        return sizes.kv_cache_memory
+    limits = limits_of(_check_early(model, policies, groups, sizes))
+    use = measure(built, model, groups, limits, "cuda", has_graphs=not gpu.enforce_eager)
+    return use.left_for_kv(gpu.gpu_memory_utilization, least_pool(model, sizes.block_size, groups))

@@ -1,0 +1,79 @@
+"""The kernels that fused steps call, in torch: an engine runs on them in seconds, under the interpreter in minutes."""
+
+from typing import Any
+
+import pytest
+import torch
+from minivllm_kernels.reference import (
+    paged_attention_twin,
+    rms_norm_twin,
+    rope_twin,
+    sample_twin,
+    silu_and_mul_twin,
+)
+
+
+def use_twins(patch: pytest.MonkeyPatch) -> None:
+    """Put the twins in the kernels' places, arguments and all."""
+    fused = "minivllm.models.fused_llama."
+    kernels = (rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store)
+    for kernel in kernels:
+        patch.setattr(fused + kernel.__name__, kernel)
+    patch.setattr(fused + "fastest_decode", lambda *_: decode)
+    patch.setattr(fused + "fastest_attention", lambda *_: attention)
+    patch.setattr("minivllm.runner.kernel_sampler.sample_rows", sample_rows)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float) -> None:
+    out.copy_(rms_norm_twin(x, weight, eps))
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float
+) -> None:
+    residual += x
+    rms_norm(residual, weight, out, eps=eps)
+
+
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(silu_and_mul_twin(gate_up))
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos_sin: torch.Tensor,
+    positions: torch.Tensor, slots: torch.Tensor, q_out: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    *, num_heads: int, num_kv_heads: int, eps: float,
+) -> None:  # fmt: skip
+    is_there, stored = positions >= 0, slots >= 0
+    q, k, v = qkv.unflatten(1, (-1, q_out.shape[2])).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm_twin(q, q_weight, eps), rms_norm_twin(k, k_weight, eps)
+    q, k = (rope_twin(x, cos_sin, positions.clamp(min=0)) for x in (q, k))
+    q_out[is_there] = q.to(q_out.dtype)[is_there]
+    for rows, cache in ((k, k_cache), (v, v_cache)):
+        size = cache.shape[1]
+        cache[slots[stored] // size, slots[stored] % size] = rows.to(cache.dtype)[stored]
+
+
+def decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, num_tokens: torch.Tensor,
+    out: torch.Tensor, workspace: object, *, window: int | None,
+) -> None:  # fmt: skip
+    starts = torch.arange(len(q) + 1)
+    out.copy_(paged_attention_twin(q, k_cache, v_cache, block_table, num_tokens, starts, window=window))
+
+
+def attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, num_tokens: torch.Tensor,
+    query_starts: torch.Tensor, out: torch.Tensor, *, max_query_len: int, window: int | None,
+) -> None:  # fmt: skip
+    assert max_query_len >= int(query_starts.diff().max())
+    out.copy_(paged_attention_twin(q, k_cache, v_cache, block_table, num_tokens, query_starts, window=window))
+
+
+def sample_rows(
+    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor,
+    out: torch.Tensor, partial: torch.Tensor, arrivals: torch.Tensor, floors: torch.Tensor | None = None,
+    **filters: Any,
+) -> None:  # fmt: skip
+    out.copy_(sample_twin(logits, temperatures, seeds, positions, **filters))
