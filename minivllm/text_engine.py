@@ -165,17 +165,21 @@ class TextEngine:
             for request_id, (first, judged) in result.prompt_logprobs.items():
                 known = self._generations[request_id].prompt_logprobs
                 known.extend(judged[max(0, len(known) - first) :])  # a recomputed prompt is judged again
+            touched: dict[Generation, None] = {}  # once each, however many of its samples got a token
             for request in advanced:
                 if request.is_steered:
                     self.steerers[request.id].take(request, result.logprobs[request.id][0])
-            touched = {request: self._generations[request.id] for request in advanced if not request.is_steered}
-            for request, generation in touched.items():
-                sample = next(s for s in generation.samples if s.request is request)
-                sample.logprobs.extend(result.logprobs.get(request.id, ()))
+                    continue
+                generation = self._generations[request.id]
+                touched[generation] = None
+                samples = generation.samples
+                sample = samples[0] if len(samples) == 1 else next(s for s in samples if s.request is request)
+                if request.id in result.logprobs:
+                    sample.logprobs.extend(result.logprobs[request.id])
                 stop = sample.find_stop()
                 if stop is not None:
                     self._end_at_stop_string(request, stop)
-            for generation in dict.fromkeys(touched.values()):  # once each, however many of its samples got a token
+            for generation in touched:
                 self._settle(generation)
 
     def abort(self, generation: Generation) -> None:

@@ -105,7 +105,7 @@ class KVManager:
     def grow(self, request: Request, num_new: int) -> bool:
         """Make room for `num_new` more tokens; False, and nothing changed, when the pool is short."""
         num_blocks = blocks_needed(request.num_computed + num_new, self.block_size)
-        num_missing = num_blocks - len(request.block_ids)
+        num_missing = num_blocks - len(request.tables[0].block_ids)
         copying = [group for group in range(len(request.tables)) if self._writes_to_shared(request, group)]
         if num_missing <= 0 and not copying:
             return True

@@ -67,13 +67,15 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
         """Book what was computed, append the new tokens; return the requests that got one."""
-        advanced = []
+        advanced, size = [], self.config.block_size
         for request, num_new in plan.scheduled:
             if request.status is not Status.RUNNING:
                 continue  # aborted while the step ran: its blocks are gone already
             request.num_computed += num_new
-            self.kv.publish(request)
-            self.kv.drop_outside_window(request)
+            if request.num_computed >= (request.num_published + 1) * size:
+                self.kv.publish(request)
+            if self.kv.frees_windows:
+                self.kv.drop_outside_window(request)
             new_token_ids = result.new_token_ids.get(request.id)
             if not new_token_ids:
                 continue
@@ -81,10 +83,12 @@ class Scheduler:
                 request.is_held = True
                 advanced.append(request)
                 continue
-            forks = self._start_forks(request)
-            for each in (request, *forks):
-                self.append(each, result.new_token_ids[each.id])
-                advanced.append(each)
+            forks = self._start_forks(request) if request.pending_forks else ()
+            self.append(request, new_token_ids)
+            advanced.append(request)
+            for fork in forks:
+                self.append(fork, result.new_token_ids[fork.id])
+                advanced.append(fork)
         return advanced
 
     def append(self, request: Request, new_token_ids: list[int]) -> None:
@@ -277,10 +281,10 @@ class Scheduler:
         self.lingering = []
 
     def _end_reason(self, request: Request, token_id: int) -> str | None:
-        params = request.params
-        if request.num_output >= params.min_tokens:
+        params, num_output = request.params, request.num_output
+        if num_output >= params.min_tokens:
             if not params.ignore_eos and token_id in self.config.eos_token_ids:
                 return "stop"
             if params.stop_token_ids and token_id in params.stop_token_ids:
                 return "stop"
-        return "length" if request.num_output >= request.max_tokens else None
+        return "length" if num_output >= request.max_tokens else None
