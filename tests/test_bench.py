@@ -6,13 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 from transformers import PreTrainedModel
 
 from minivllm.bench import engine as bench
-from minivllm.bench import policies
+from minivllm.bench import policies, reference_workloads
+from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, measure
 from minivllm.bench.table import KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
 from minivllm.errors import ConfigError
 
+# Of the lists that vLLM 0.26 and nano-vllm were given.
+DIGESTS = {
+    "nano": "379e34b4",
+    "single": "993a5d42",
+    "batch512": "50275e8b",
+    "longctx": "9041415d",
+    "prefill": "cafa0b30",
+    "prefix": "472cd2e9",
+}
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
 README = Path(__file__).parents[1] / "README.md"
 
@@ -64,3 +75,22 @@ def test_policy_costs_are_measured_on_a_tiny_model(reference_model: Build, monke
 def test_unknown_part_of_the_policies_gets_one_line() -> None:
     with pytest.raises(ConfigError, match="--parts: 'nonsense' is not one of schedule, radix, cache, preemption"):
         policies.main(["--parts", "nonsense"])
+
+
+def test_workloads_are_the_reference_lists() -> None:
+    lists = {name: make() for name, make in WORKLOADS.items()}
+    digests = {
+        name: f"{xxhash.xxh3_64(json.dumps(both).encode()).intdigest():016x}"[:8] for name, both in lists.items()
+    }
+    assert digests == DIGESTS
+
+
+def test_workload_rows_tell_first_best_and_floor(reference_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = reference_model("qwen3")
+    monkeypatch.setitem(WORKLOADS, "nano", lambda: ([[7, 8, 9], [7, 8]], [3, 5]))
+    monkeypatch.setattr(reference_workloads, "MAX_MODEL_LEN", 32)
+    choice = EngineChoice(str(folder), "float32", "auto", max_num_seqs=4, max_num_batched_tokens=64)
+    [row] = measure(["nano"], choice, repeats=2)
+    assert {"first_s", "best_s", "tokens/s", "floor_s", "share of floor", "start_s", "roofs"} <= row.keys()
+    with pytest.raises(ConfigError, match="--workload: 'huge' is not one of nano, single"):
+        measure(["huge"], choice, 1)

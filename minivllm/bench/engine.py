@@ -1,5 +1,6 @@
 """`minivllm bench engine`: our engine beside transformers, on the same weights, dtype and threads, in one run.
 
+With --workload, our engine alone on the workloads of reference_workloads.py, against the floor of the machine.
 Every figure is a ratio of times taken in turn within one process; the best of the repetitions counts for each side.
 """
 
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, measure
 from minivllm.bench.rivals import load_rival, run_continuous, run_generate
 from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError
@@ -42,6 +44,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", default="decode,mixed,prefix,overhead", help="comma-separated, of these four")
+    parser.add_argument("--workload", help="instead: comma-separated, of " + ", ".join(WORKLOADS))
+    parser.add_argument("--load-format", default="auto", help="with --workload: dummy for random weights")
+    parser.add_argument("--block-size", type=int, default=16, help="with --workload")
+    parser.add_argument("--enforce-eager", action="store_true", help="with --workload: no CUDA graphs")
     parser.add_argument("--output", type=Path, help="write the figures and their provenance to this JSON file")
     args = parser.parse_args(argv)
     unknown = set(args.parts.split(",")) - set(PARTS)
@@ -54,7 +60,12 @@ def main(argv: Sequence[str]) -> int:
     if args.output and not os.access(args.output.parent, os.W_OK):  # before minutes of measuring
         raise ConfigError(f"--output: {args.output.parent} is no folder that can be written; choose another")
     rows: list[Row] = []
-    for part in args.parts.split(","):
+    if args.workload:
+        choice = EngineChoice(
+            args.model, args.dtype, args.load_format, args.enforce_eager, block_size=args.block_size, seed=args.seed
+        )
+        rows = measure(args.workload.split(","), choice, args.repeats)
+    for part in [] if args.workload else args.parts.split(","):
         rows += PARTS[part](args)
     _print_table(rows)
     if args.output:

@@ -58,6 +58,17 @@ class ModelWork:
         compute_s = flops / machine.flops_of(self.dtype)
         return StepFloor(num_bytes, attention.num_bytes, flops, 1e3 * read_s, 1e3 * compute_s)
 
+    def ideal_seconds(self, num_in: Sequence[int], num_out: Sequence[int], machine: Accelerator) -> float:
+        """The floors of all steps of an engine with room for everything: all prompts at once, then a token each.
+
+        A prefix that requests share counts for each of them.
+        """
+        total_ms = self.floor([(num, num) for num in num_in], len(num_in), machine).ms
+        for step in range(1, max(num_out)):
+            alive = [(1, prompt + step) for prompt, num in zip(num_in, num_out, strict=True) if num > step]
+            total_ms += self.floor(alive, len(alive), machine).ms
+        return total_ms / 1e3
+
 
 def measured_roofs(device: str, dtype: str) -> Accelerator:
     """The best of some reads of one big tensor, and of some products of square matrices, in this process."""

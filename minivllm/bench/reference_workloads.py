@@ -1,0 +1,110 @@
+"""Six workloads that engines are compared on, the same token lists for each: `minivllm bench engine --workload NAME`.
+
+    nano      256 prompts of 100 to 1024 tokens, as many out     nano-vllm's own benchmark
+    single    one prompt of 128, 512 out                         what a step costs beside the weights
+    batch512  512 prompts of 128, 256 out                        many small requests
+    longctx   32 prompts of 8192, 128 out                        decode over long contexts
+    prefill   64 prompts of 4096, 1 out                          prompts alone
+    prefix    256 prompts of 2048 shared + 128 own, 64 out       a prefix read by everybody
+
+Each repetition begins with an empty prefix cache; the first one and the best are told apart. The floor is the sum of
+the floors of an ideal engine's steps: all prompts at once, then all requests together, a token each.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+
+from minivllm.errors import ConfigError
+from minivllm.lab.step_floor import ModelWork, measured_roofs
+from minivllm.llm import LLM
+from minivllm.request import SamplingParams
+from minivllm.weights import find_model
+
+Lists = tuple[list[list[int]], list[int]]  # prompts, and how many tokens each is to get
+MAX_NUM_SEQS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN = 512, 16384, 16384
+TEMPERATURE = 0.6
+
+
+def nano(num_seqs: int = 256, least: int = 100, most: int = 1024, seed: int = 0) -> Lists:
+    random = Random(seed)
+    prompts = [[random.randint(0, 10000) for _ in range(random.randint(least, most))] for _ in range(num_seqs)]
+    return prompts, [random.randint(least, most) for _ in range(num_seqs)]
+
+
+def fixed(num_seqs: int, num_in: int, num_out: int, seed: int = 1) -> Lists:
+    random = Random(seed)
+    return [[random.randint(0, 10000) for _ in range(num_in)] for _ in range(num_seqs)], [num_out] * num_seqs
+
+
+def shared_prefix(num_seqs: int = 256, shared: int = 2048, own: int = 128, num_out: int = 64, seed: int = 2) -> Lists:
+    random = Random(seed)
+    prefix = [random.randint(0, 10000) for _ in range(shared)]
+    return [prefix + [random.randint(0, 10000) for _ in range(own)] for _ in range(num_seqs)], [num_out] * num_seqs
+
+
+WORKLOADS: dict[str, Callable[[], Lists]] = {
+    "nano": nano,
+    "single": lambda: fixed(1, 128, 512),
+    "batch512": lambda: fixed(512, 128, 256),
+    "longctx": lambda: fixed(32, 8192, 128),
+    "prefill": lambda: fixed(64, 4096, 1),
+    "prefix": shared_prefix,
+}
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that is measured."""
+
+    model: str
+    dtype: str
+    load_format: str
+    enforce_eager: bool = False
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_num_batched_tokens: int = MAX_BATCHED_TOKENS
+    block_size: int = 16
+    seed: int = 0
+
+
+def measure(names: Sequence[str], choice: EngineChoice, repeats: int) -> list[dict[str, object]]:
+    """Rows of the result file, one a workload; the machine's own rates are measured first."""
+    unknown = set(names) - set(WORKLOADS)
+    if unknown:
+        raise ConfigError(f"--workload: {unknown.pop()!r} is not one of {', '.join(WORKLOADS)}")
+    lists = {name: WORKLOADS[name]() for name in names}
+    work = ModelWork(find_model(choice.model, choice.load_format).config, choice.dtype)
+    longest = max(len(prompt) + n for prompts, outs in lists.values() for prompt, n in zip(prompts, outs, strict=True))
+    started_s = time.perf_counter()
+    llm = LLM(**asdict(choice), max_model_len=max(longest, MAX_MODEL_LEN))
+    start_s = time.perf_counter() - started_s
+    rows = [_row(name, llm, lists[name], repeats) for name in names]
+    device = llm.device
+    del llm  # the roofs need memory, too
+    machine = measured_roofs(device, choice.dtype)
+    for name, row in zip(names, rows, strict=True):
+        prompts, num_out = lists[name]
+        floor_s = work.ideal_seconds([len(prompt) for prompt in prompts], num_out, machine)
+        row |= {"floor_s": round(floor_s, 3), "share of floor": round(floor_s / float(str(row["best_s"])), 3)}
+        row |= {"start_s": round(start_s, 2), **asdict(choice), "roofs": asdict(machine)}
+    return rows
+
+
+def _row(name: str, llm: LLM, lists: Lists, repeats: int) -> dict[str, object]:
+    prompts, num_out = lists
+    params = [SamplingParams(temperature=TEMPERATURE, max_tokens=n, ignore_eos=True, detokenize=False) for n in num_out]
+    times = []
+    for _ in range(repeats):
+        llm.reset_prefix_cache()
+        started_s = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        times.append(time.perf_counter() - started_s)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == num_out
+    best = min(times)
+    num_in = sum(map(len, prompts))
+    return {
+        "what": name, "unit": "s", "first_s": round(times[0], 3), "best_s": round(best, 3),
+        "all_s": [round(seconds, 3) for seconds in times], "tokens/s": round(sum(num_out) / best, 1),
+        "input tokens/s": round(num_in / best, 1), "requests": len(prompts), "temperature": TEMPERATURE,
+    }  # fmt: skip
