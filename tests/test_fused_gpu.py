@@ -100,6 +100,6 @@ def test_a_pool_that_does_not_fit_names_the_figure_to_change() -> None:
         LLM("qwen3-0.6b", gpu_memory_utilization=0.002, **SMALL)
     with pytest.raises(ConfigError, match="lower kv_cache_memory"):
         LLM("qwen3-0.6b", kv_cache_memory=2**40, **SMALL)
-    with pytest.raises(ConfigError, match="max_num_batched_tokens=90000000: lower it"):
-        LLM("qwen3-0.6b", max_num_batched_tokens=90_000_000, **SMALL)
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=12000000: lower it"):
+        LLM("qwen3-0.6b", max_num_batched_tokens=12_000_000, **SMALL | {"max_num_seqs": 300})
     assert memory_in_use() < 2**30

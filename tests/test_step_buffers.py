@@ -1,5 +1,7 @@
 """Step buffers hold what build_batches makes of the same plan, step after step, whoever comes, goes and grows."""
 
+from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.attention import ForwardBatch
+from minivllm.attention.kernel_batch import KernelBatch, Keys
 from minivllm.engine.plan import StepPlan
 from minivllm.request import BlockTable, Request, SamplingParams
 from minivllm.runner.batch import build_batches
@@ -37,17 +40,20 @@ def advance(random: Random, request: Request, limits: StepLimits, most_new: int)
     return num_new
 
 
-def assert_same(found: ForwardBatch, expected: ForwardBatch, num_requests: int) -> None:
+def assert_same(found: KernelBatch, expected: ForwardBatch) -> None:
     for name in ("token_ids", "positions", "slots"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
-    assert found.num_tokens.tolist()[:num_requests] == expected.num_tokens.tolist()
-    assert found.num_tokens.tolist()[num_requests:] == [0] * (len(found.num_tokens) - num_requests)
+    parts = [found.singles] if found.chunks is None else [found.chunks, found.singles]
+    num_chunks = len(expected.num_tokens) - len(found.singles)
+    assert [keys for part in parts for keys in part.num_tokens.tolist()] == expected.num_tokens.tolist()
     starts = expected.query_starts.tolist()
-    assert found.query_starts.tolist() == starts + starts[-1:] * (len(found.query_starts) - len(starts))
-    assert found.logit_rows.tolist() == [start - 1 for start in starts[1:]]
-    for row, table in enumerate(expected.block_table.tolist()):
-        num_blocks = sum(block > 0 for block in table)
-        assert found.block_table[row, :num_blocks].tolist() == table[:num_blocks]
+    assert found.query_starts.tolist() == starts[: num_chunks + 1]
+    assert all(end - start > 1 for start, end in pairwise(starts[: num_chunks + 1]))
+    assert all(end - start == 1 for start, end in pairwise(starts[num_chunks:]))
+    tables = [row for part in parts for row in part.block_table.tolist()]
+    for table, row in zip(tables, expected.block_table.tolist(), strict=True):
+        num_blocks = sum(block > 0 for block in row)
+        assert table[:num_blocks] == row[:num_blocks]
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,31 +74,39 @@ def test_buffers_equal_the_tensors_of_the_plain_way(random: Random) -> None:
         plan = StepPlan(number, [(r, advance(random, r, limits, most_new)) for r in chosen], [], [])
         is_single = all(num_new == 1 for _, num_new in plan.scheduled)
         padded = next(s for s in batch_sizes(limits.max_num_seqs) if s >= len(chosen)) if is_single else None
-        step = buffers.load(plan, padded)
+        requests = buffers.rows.seat(plan.scheduled)
+        step = buffers.load(plan) if padded is None else buffers.load_singles(requests, padded)
         num_new_of = dict(plan.scheduled)
         assert set(step.requests) == set(chosen) and len(step.requests) == len(chosen)
         assert step.num_new == [num_new_of[request] for request in step.requests]
-        in_rows = StepPlan(number, [(request, num_new_of[request]) for request in step.requests], [], [])
-        [expected] = build_batches(in_rows, limits.block_size, "cpu")
+        order = list(range(len(chosen)))
         if padded is None:
-            assert_same(buffers.ragged(step), expected, len(chosen))
-        else:
-            check_padding(buffers.singles(padded), expected, len(chosen))
+            order.sort(key=lambda row: step.num_new[row] == 1)
+        in_order = [(step.requests[row], step.num_new[row]) for row in order]
+        [expected] = build_batches(StepPlan(number, in_order, [], []), limits.block_size, "cpu")
+        found = buffers.ragged(step) if padded is None else without_padding(buffers.singles(padded), len(chosen))
+        assert_same(found, expected)
+        assert buffers.num_tokens.tolist()[: len(chosen)] == step.ends
+        if padded is None:
+            last = [buffers.last_tokens(step).tolist()[row] for row in order]
+            assert last == [start - 1 for start in expected.query_starts.tolist()[1:]]
+            assert [step.starts[row] for row in order] == expected.query_starts.tolist()[:-1]
         assert buffers.temperatures.tolist()[: len(chosen)] == [r.params.temperature for r in step.requests]
         assert buffers.seeds.tolist()[: len(chosen)] == [signed(r.seed) for r in step.requests]
         for request, new in plan.scheduled:
             request.num_computed += new
 
 
-def check_padding(found: ForwardBatch, expected: ForwardBatch, num_requests: int) -> None:
-    """The rows behind the batch have no key, and neither a position nor a slot."""
-    assert found.positions[num_requests:].tolist() == found.slots[num_requests:].tolist()
-    assert set(found.positions[num_requests:].tolist()) <= {-1}
-    assert found.token_ids[num_requests:].tolist() == [0] * (len(found.token_ids) - num_requests)
-    parts = {name: getattr(found, name)[:num_requests] for name in ("token_ids", "positions", "slots", "logit_rows")}
-    starts = found.query_starts
-    assert_same(ForwardBatch(**parts, block_table=found.block_table, query_starts=starts, num_tokens=found.num_tokens),
-                expected, num_requests)  # fmt: skip
+def without_padding(batch: KernelBatch, num_requests: int) -> KernelBatch:
+    """The batch itself; the rows behind it have no key, and neither a position nor a slot."""
+    num_padded = len(batch.token_ids) - num_requests
+    assert batch.positions[num_requests:].tolist() == batch.slots[num_requests:].tolist() == [-1] * num_padded
+    assert (
+        batch.token_ids[num_requests:].tolist() == batch.singles.num_tokens[num_requests:].tolist() == [0] * num_padded
+    )
+    parts = {name: getattr(batch, name)[:num_requests] for name in ("token_ids", "positions", "slots")}
+    table, num_tokens = batch.singles.block_table, batch.singles.num_tokens
+    return replace(batch, **parts, singles=Keys(table[:num_requests], num_tokens[:num_requests]))
 
 
 def test_more_changes_than_fit_go_as_a_whole_table() -> None:
@@ -102,7 +116,7 @@ def test_more_changes_than_fit_go_as_a_whole_table() -> None:
     requests = [Request(str(i), [7] * 150, 150, SamplingParams(), 1, num_computed=149) for i in range(3)]
     for request in requests:
         request.tables = [BlockTable([int(request.id) + 1] * 150)]
-    buffers.load(StepPlan(1, [(request, 1) for request in requests], [], []), 3)
+    buffers.load_singles(buffers.rows.seat([(request, 1) for request in requests]), 3)
     assert buffers.table[:, :150].tolist() == [[1] * 150, [2] * 150, [3] * 150]
 
 
@@ -113,15 +127,16 @@ def test_a_request_that_leaves_is_replaced_by_the_last_and_only_that_row_is_rewr
         request.tables = [BlockTable([10 * number + 1, 10 * number + 2])]
     rows.seat([(request, 1) for request in requests])
     requests[2].tables[0].block_ids.append(23)
-    places, block_ids = rows.seat([(requests[i], 1) for i in (0, 2, 3)])
+    rows.take_changes()
+    rows.seat([(requests[i], 1) for i in (0, 2, 3)])
     assert [request.id for request in rows.requests] == ["0", "3", "2"]
-    assert sorted(zip(places, block_ids, strict=True)) == [(8, 31), (9, 32), (18, 23)]
+    assert sorted(zip(*rows.take_changes(), strict=True)) == [(8, 31), (9, 32), (18, 23)]
 
 
 def test_integers_are_aligned_as_kernels_are_compiled_for() -> None:
     assert aligned(1) == aligned(64) == 64 and aligned(65) == 128
     buffers = StepBuffers(StepLimits(5, 100, 40, 16), "cpu")
     batch = buffers.singles(3)
-    parts = (batch.token_ids, batch.positions, batch.slots, batch.num_tokens, batch.query_starts, buffers.seeds)
+    parts = (batch.token_ids, batch.positions, batch.slots, batch.singles.num_tokens, buffers.seeds)
     assert {(part.data_ptr() - buffers._words.data_ptr()) % 16 for part in parts} == {0}
     assert all(part.dtype == torch.int32 for part in parts[:-1])

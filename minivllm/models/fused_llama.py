@@ -15,12 +15,12 @@ from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.checks import BLOCK_SIZES, HEAD_SIZES
 from minivllm_kernels.fastest import fastest_attention, fastest_decode
 from minivllm_kernels.norms import MAX_WIDTH, add_rms_norm, rms_norm
-from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.store_kv import qk_norm_rope_store
 from minivllm_kernels.workspace import SplitWorkspace
 from torch import nn
 
-from minivllm.attention import ForwardBatch, LayerKV
+from minivllm.attention import LayerKV
+from minivllm.attention.kernel_batch import KernelBatch
 from minivllm.config import ModelConfig
 from minivllm.models.decoder import Decoder
 from minivllm.models.layers import GatedMLP
@@ -73,12 +73,8 @@ class FusedLlama:
         group = config.num_heads // config.num_kv_heads
         self.workspace = SplitWorkspace.allocate(self.cos_sin.device, 0, group, config.head_size)
 
-    def body(self, batch: ForwardBatch, max_query_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All layers: what the last one adds and the residual it is added to, both [T, hidden].
-
-        With one query for each request (max_query_len 1) row r is request r; requests without keys are padding.
-        Otherwise the first len(logit_rows) requests are there, and those behind them have no queries.
-        """
+    def body(self, batch: KernelBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers: what the last one adds and the residual it is added to, both [T, hidden]."""
         eps = self.config.rms_norm_eps
         residual = F.embedding(batch.token_ids, self.embeddings)
         x = torch.empty_like(residual)
@@ -86,7 +82,7 @@ class FusedLlama:
         for number, weights in enumerate(self.weights):
             if number > 0:
                 add_rms_norm(x, residual, weights.input_norm, x, eps=eps)
-            x = self._attend(number, x, batch, max_query_len)
+            x = self._attend(number, x, batch)
             add_rms_norm(x, residual, weights.mlp_norm, x, eps=eps)
             gate_up = F.linear(x, *weights.gate_up)
             gated = gate_up.new_empty(len(x), self.config.intermediate_size)
@@ -99,7 +95,7 @@ class FusedLlama:
         add_rms_norm(x, residual, self.norm, x, eps=self.config.rms_norm_eps)
         return torch.mm(x, self.lm_head.t(), out=out)
 
-    def _attend(self, number: int, x: torch.Tensor, batch: ForwardBatch, max_query_len: int) -> torch.Tensor:
+    def _attend(self, number: int, x: torch.Tensor, batch: KernelBatch) -> torch.Tensor:
         """A layer's attention: normed residual in, what is to be added to it out; [T, hidden] both."""
         weights, config, kv = self.weights[number], self.config, self.layers[number]
         qkv = F.linear(x, *weights.qkv)
@@ -110,27 +106,20 @@ class FusedLlama:
             num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, eps=config.rms_norm_eps,
         )  # fmt: skip
         out = q.new_empty(q.shape)
-        window = config.window_of(number)
-        if max_query_len == 1:
-            decode = fastest_decode(q, kv.k, kv.v)
-            decode(q, kv.k, kv.v, batch.block_table, batch.num_tokens, out, self.workspace, window=window)
-        else:
-            self._attend_ragged(q, kv, batch, out, max_query_len, window)
+        chunks, singles, window = batch.chunks, batch.singles, config.window_of(number)
+        first_single = len(q) - len(singles)
+        if chunks is not None:
+            inputs = (q[:first_single], kv.k, kv.v)
+            attend = fastest_attention(*inputs, len(chunks), batch.max_query_len)
+            attend(
+                *inputs, chunks.block_table, chunks.num_tokens, batch.query_starts, out[:first_single],
+                max_query_len=batch.max_query_len, window=window,
+            )  # fmt: skip
+        if len(singles):
+            inputs = (q[first_single:], kv.k, kv.v)
+            decode, attended = fastest_decode(*inputs), out[first_single:]
+            decode(*inputs, singles.block_table, singles.num_tokens, attended, self.workspace, window=window)
         return F.linear(out.flatten(1), *weights.o)
-
-    def _attend_ragged(
-        self, q: torch.Tensor, kv: LayerKV, batch: ForwardBatch, out: torch.Tensor, max_query_len: int,
-        window: int | None,
-    ) -> None:  # fmt: skip
-        """Prompts and chunks, beside decodes or not."""
-        num_requests = len(batch.logit_rows)
-        kernel = fastest_attention(q, kv.k, kv.v, num_requests, max_query_len)
-        if kernel is paged_attention:
-            num_requests = len(batch.num_tokens)  # all rows there are, always: it compiles for the size of the batch
-        kernel(
-            q, kv.k, kv.v, batch.block_table[:num_requests], batch.num_tokens[:num_requests],
-            batch.query_starts[: num_requests + 1], out, max_query_len=max_query_len, window=window,
-        )  # fmt: skip
 
 
 def angle_table(model: Decoder, max_model_len: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minivllm.request import Request
+from minivllm.request import Request, SamplingParams
 
 
 class BatchRows:
@@ -18,14 +18,17 @@ class BatchRows:
 
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
         self.requests: list[Request] = []
+        self.special: set[int] = set()  # rows whose requests, when they came, wanted more than a plain token
         self.table = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.int64)
         self._row_of: dict[Request, int] = {}
         self._known: list[list[int]] = []  # block ids that the table has, by row
+        self._places: list[int] = []  # of the table's flat memory, where the device is behind
+        self._block_ids: list[int] = []  # what is to come there
 
-    def seat(self, scheduled: Sequence[tuple[Request, int]]) -> tuple[list[int], list[int]]:
-        """Give every scheduled request a row; what changed in the table: places in its flat memory, and block ids."""
+    def seat(self, scheduled: Sequence[tuple[Request, int]]) -> list[Request]:
+        """Give every scheduled request a row and bring the table up to date; the requests by row."""
         guests = [request for request, _ in scheduled if request not in self._row_of]
         if len(self.requests) + len(guests) > len(scheduled):
             staying = {request for request, _ in scheduled}
@@ -34,21 +37,23 @@ class BatchRows:
                 self._leave(row)
         for guest in guests:
             self._sit(len(self.requests), guest)
-        places, block_ids = list[int](), list[int]()
         for row, (known, request) in enumerate(zip(self._known, self.requests, strict=True)):
             if known != request.tables[0].block_ids:
-                self._rewrite(row, request.tables[0].block_ids, places, block_ids)
-        return places, block_ids
+                self._rewrite(row, request.tables[0].block_ids)
+        return self.requests
 
-    def forget(self) -> None:
-        """Hold no request any more."""
-        self.requests, self._row_of, self._known = [], {}, []
+    def take_changes(self) -> tuple[list[int], list[int]]:
+        """What has changed in the table since the last call: places in its flat memory, and block ids."""
+        changes = self._places, self._block_ids
+        self._places, self._block_ids = [], []
+        return changes
 
     def _leave(self, row: int) -> None:
         """Empty a row and let the last request have it."""
         del self._row_of[self.requests[row]]
         last = self.requests.pop()
         self._known.pop()
+        self.special -= {row, len(self.requests)}
         if row < len(self.requests):
             del self._row_of[last]
             self._sit(row, last)
@@ -59,18 +64,33 @@ class BatchRows:
         self._row_of[request] = row
         self.temperatures[row] = request.params.temperature
         self.seeds[row] = signed(request.seed)
+        if wants_more(request):
+            self.special.add(row)
 
-    def _rewrite(self, row: int, held: list[int], places: list[int], block_ids: list[int]) -> None:
+    def _rewrite(self, row: int, held: list[int]) -> None:
         """Bring a row up to date: mostly a block has come at its end."""
         known = self._known[row]
         first = len(known) if held[: len(known)] == known else 0
         self.table[row, first : len(held)] = held[first:]
         start = row * self.table.shape[1]
-        places.extend(range(start + first, start + len(held)))
-        block_ids.extend(held[first:])
+        self._places.extend(range(start + first, start + len(held)))
+        self._block_ids.extend(held[first:])
         self._known[row] = held.copy()
 
 
 def signed(seed: int) -> int:
     """The 64 bits of any seed as int64: signed(2**64 - 1) == -1."""
     return (seed + 2**63) % 2**64 - 2**63
+
+
+def wants_more(request: Request) -> bool:
+    """Whether a token drawn by temperature and seed is not all that a request wants."""
+    params = request.params
+    wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    return wants_logprobs or bool(request.pending_forks) or changes_logits(params)
+
+
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether more than temperature and seed decide: filters, penalties, tokens that may not come yet."""
+    has_filter = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+    return params.has_penalties or params.min_tokens > 0 or (has_filter and not params.is_greedy)

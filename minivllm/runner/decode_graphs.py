@@ -54,8 +54,8 @@ class DecodeSteps:
 
     def compute(self, size: int) -> None:
         """One step of `size` rows: logits to their place, tokens to the sampler's."""
-        batch, buffers = self._buffers.singles(size), self._buffers
-        logits = self._model.head(*self._model.body(batch, max_query_len=1), out=self._logits[:size])
+        buffers = self._buffers
+        logits = self._model.head(*self._model.body(buffers.singles(size)), out=self._logits[:size])
         self._sampler(logits, buffers.temperatures, buffers.seeds, buffers.num_tokens)
 
     def capture(self, *, show_progress: bool) -> None:

@@ -9,13 +9,14 @@ a token of the plain sampler are looked at again: their logits are still there.
 import torch
 
 from minivllm.config import ModelConfig
-from minivllm.engine.plan import StepPlan, StepResult, TokenLogprobs, needs_token
+from minivllm.engine.plan import StepPlan, StepResult, TokenLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.models.fused_llama import FusedLlama
 from minivllm.request import Request
 from minivllm.runner.batch import logit_range
+from minivllm.runner.batch_rows import changes_logits
 from minivllm.runner.decode_graphs import DecodeSteps
-from minivllm.runner.kernel_sampler import KernelSampler, changes_logits, sample_changed
+from minivllm.runner.kernel_sampler import KernelSampler, sample_changed
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.sampler import judge_prompt, token_logprobs
 from minivllm.runner.step_buffers import LoadedStep, StepBuffers, StepLimits
@@ -41,24 +42,26 @@ class FusedSteps:
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every scheduled token, and choose where a request is up to date."""
-        step, prompt_logprobs = self._compute(plan)
-        if not any(needs_token(request, num_new) for request, num_new in plan.scheduled):
+        requests = self.buffers.rows.seat(plan.scheduled)
+        is_single = plan.num_tokens == len(requests)
+        if is_single and not any(judges_prompt(requests[row]) for row in self.buffers.rows.special):
+            step, prompt_logprobs = self._decode(requests), PromptLogprobs()
+        else:
+            step, prompt_logprobs = self._compute(plan)
+        if not any(end == len(request.token_ids) for request, end in zip(requests, step.ends, strict=True)):
             return StepResult({}, prompt_logprobs=prompt_logprobs)  # nothing to wait for
-        chosen = self._read_tokens(len(step.requests))
-        ready = zip(step.requests, chosen, step.ends, strict=True)
+        ready = zip(requests, self._read_tokens(len(requests)), step.ends, strict=True)
         new_token_ids = {request.id: [token] for request, token, end in ready if end == len(request.token_ids)}
-        special = [row for row, request in enumerate(step.requests) if wants_more(request)]
-        special = [row for row in special if step.requests[row].id in new_token_ids]
-        if not special:
-            return StepResult(new_token_ids, prompt_logprobs=prompt_logprobs)
-        logprobs = self._choose_again(special, step.requests, new_token_ids)
+        special = [row for row in sorted(self.buffers.rows.special) if requests[row].id in new_token_ids]
+        logprobs = self._choose_again(special, requests, new_token_ids) if special else {}
         return StepResult(new_token_ids, logprobs, prompt_logprobs)
 
     def wanted_logits(self, plan: StepPlan) -> torch.Tensor:
         """The logits that the plain path gives of a plan: the rows of each logit_range, in the plan's order."""
+        self.buffers.rows.seat(plan.scheduled)
         step = self.buffers.load(plan)
-        x, residual = self._body(step)
-        starts = dict(zip(step.requests, starts_of(step.num_new), strict=True))
+        x, residual = self.model.body(self.buffers.ragged(step))
+        starts = dict(zip(step.requests, step.starts, strict=True))
         rows = [
             starts[request] + position - request.num_computed
             for request, num_new in plan.scheduled
@@ -66,32 +69,27 @@ class FusedSteps:
         ]
         return self.model.head(x[rows], residual[rows], x.new_empty(len(rows), self.config.vocab_size))
 
+    def _decode(self, requests: list[Request]) -> LoadedStep:
+        """Logits and tokens of every row, each with one new token."""
+        step = self.buffers.load_singles(requests, self.decode.padded(len(requests)))
+        self.decode.run(len(requests))
+        return step
+
     def _compute(self, plan: StepPlan) -> tuple[LoadedStep, PromptLogprobs]:
         """Logits and tokens of every row, and of prompts what their owners want to know."""
-        judged = [request for request, num_new in plan.scheduled if judges_prompt(request, num_new)]
-        is_single = not judged and all(num_new == 1 for _, num_new in plan.scheduled)
-        if is_single:
-            padded_rows = self.decode.padded(len(plan.scheduled))
-            step = self.buffers.load(plan, padded_rows)
-            self.decode.run(padded_rows)
-            return step, {}
         step = self.buffers.load(plan)
-        x, residual = self._body(step)
-        last = self.buffers.ragged(step).logit_rows
+        x, residual = self.model.body(self.buffers.ragged(step))
+        last = self.buffers.last_tokens(step)
         logits = self.model.head(x[last], residual[last], self.logits[: len(last)])
         self.sampler(logits, self.buffers.temperatures, self.buffers.seeds, self.buffers.num_tokens)
         prompt_logprobs: PromptLogprobs = {}
-        for request, num_new, start in zip(step.requests, step.num_new, starts_of(step.num_new), strict=True):
+        for request, num_new, start in zip(step.requests, step.num_new, step.starts, strict=True):
             if request.params.prompt_logprobs is not None:
                 first, end = logit_range(request, num_new)
                 rows = slice(start + first - request.num_computed, start + end - request.num_computed)
                 seen = self._logits_of(x[rows], residual[rows])
                 prompt_logprobs[request.id] = (first, judge_prompt(request, first, end, seen))
         return step, prompt_logprobs
-
-    def _body(self, step: LoadedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        # at least 2: a step of single tokens that comes here has rows without padding, which only the ragged way takes
-        return self.model.body(self.buffers.ragged(step), max(step.max_query_len, 2))
 
     def _logits_of(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.model.head(x.clone(), residual.clone(), x.new_empty(len(x), self.config.vocab_size))
@@ -128,20 +126,6 @@ class FusedSteps:
         }
 
 
-def wants_more(request: Request) -> bool:
-    """Whether the plain sampler's token is not all that a request wants."""
-    params = request.params
-    return params.logprobs is not None or bool(request.pending_forks) or changes_logits(params)
-
-
-def judges_prompt(request: Request, num_new: int) -> bool:
-    """Whether this chunk has logits to deliver beside the next token's."""
+def judges_prompt(request: Request) -> bool:
+    """Whether a request's next chunk has logits to deliver beside those of the next token."""
     return request.params.prompt_logprobs is not None and request.num_computed < request.num_prompt
-
-
-def starts_of(num_new: list[int]) -> list[int]:
-    """Where each request's tokens begin: starts_of([3, 1, 2]) == [0, 3, 4]."""
-    ends = [0]
-    for new in num_new:
-        ends.append(ends[-1] + new)
-    return ends[:-1]

@@ -10,7 +10,8 @@ import torch
 from minivllm_kernels.sampling import MAX_TILES, TILE
 from minivllm_kernels.sampling import sample as sample_rows
 
-from minivllm.request import Request, SamplingParams
+from minivllm.request import Request
+from minivllm.runner.batch_rows import signed
 from minivllm.runner.sampler import apply_penalties, forbid_early_end
 
 
@@ -33,12 +34,6 @@ class KernelSampler:
         )  # fmt: skip
 
 
-def changes_logits(params: SamplingParams) -> bool:
-    """Whether more than temperature and seed decide: filters, penalties, tokens that may not come yet."""
-    has_filter = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
-    return params.has_penalties or params.min_tokens > 0 or (has_filter and not params.is_greedy)
-
-
 def sample_changed(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> list[int]:
     """The next token of each request by all of its parameters; row r of logits [R, vocab] belongs to requests[r]."""
     logits, device = logits.to(torch.float32, copy=True), logits.device
@@ -54,7 +49,7 @@ def sample_changed(logits: torch.Tensor, requests: Sequence[Request], eos_token_
     sample_rows(
         logits,
         column([each.temperature for each in params], torch.float32),
-        column([(request.seed + 2**63) % 2**64 - 2**63 for request in requests], torch.int64),
+        column([signed(request.seed) for request in requests], torch.int64),
         column([request.num_tokens for request in requests], torch.int32),
         token_ids,
         partial=torch.empty(len(requests), MAX_TILES, dtype=torch.int64, device=device),

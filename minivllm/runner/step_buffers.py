@@ -1,24 +1,25 @@
 """A plan as tensors at fixed addresses: integers laid side by side in pinned memory, and one copy to the device a step.
 
-    words of 4 bytes    | seeds | temperatures | num_tokens | logit_rows | query_starts |      one a row, R rows
-                        | token_ids | positions | slots |                                      one a token
-                        | places | block ids |                                                 what changed in the table
+    words of 4 bytes    | seeds | temperatures | num_tokens | logit_rows |              by row, R rows
+                        | order | keys | query_starts |                                 chunks first, then single tokens
+                        | token_ids | positions | slots |                               by token, in that order
+                        | places | block ids |                                          what changed in the table
 
-Graphs are captured over these addresses. Rows behind the batch are padding: they have no key, position and slot -1.
+Graphs are captured over these addresses: where all have a single token, order is that of the rows. Rows behind the
+batch are padding then: they have no key, position and slot -1.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 
-from minivllm.attention import ForwardBatch
+from minivllm.attention.kernel_batch import KernelBatch, Keys
 from minivllm.engine.plan import StepPlan
 from minivllm.request import Request
 from minivllm.runner.batch_rows import BatchRows
 
-Words = TypeVar("Words", np.ndarray, torch.Tensor)
+ROW_PARTS = 8
 ALIGNMENT = 64  # words: pointers to every part are multiples of 16 bytes, which kernels are compiled for
 
 
@@ -43,7 +44,8 @@ class LoadedStep:
     requests: list[Request]
     num_new: list[int]
     ends: list[int]
-    max_query_len: int
+    starts: list[int]  # where each request's tokens begin; empty where each has one
+    num_chunks: int  # requests with more than one token
 
 
 class StepBuffers:
@@ -59,117 +61,151 @@ class StepBuffers:
         num_words = self._first_change(aligned(most_tokens)) + 3 * self._most_changes
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
         is_cuda = device != "cpu"
-        self._hosts = [torch.zeros(num_words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(2)]
+        self._hosts = [HostWords(num_words, self.num_rows, is_pinned=is_cuda) for _ in range(2)]
+        self._row_ids = np.arange(limits.max_num_seqs)
         self._sent = [torch.cuda.Event() for _ in self._hosts] if is_cuda else []
         self._turn = 0
         self.seeds = self._words[: 2 * self.num_rows].view(torch.int64)
-        self.temperatures = self._row_part(self._words, 2).view(torch.float32)
-        self.num_tokens = self._row_part(self._words, 3)
+        self.temperatures = self._row_part(2).view(torch.float32)
+        self.num_tokens = self._row_part(3)
 
-    def load(self, plan: StepPlan, padded_rows: int | None = None) -> LoadedStep:
-        """Bring a plan to the device; a step of single tokens has its rows padded to `padded_rows`."""
-        places, block_ids = self.rows.seat(plan.scheduled)
-        requests, num_new_of = self.rows.requests, dict(plan.scheduled)
-        num_new = [num_new_of[request] for request in requests]
+    def load_singles(self, requests: list[Request], padded_rows: int) -> LoadedStep:
+        """Bring one token of each request that is seated to the device, and rows of padding behind them."""
+        count, host, rows = len(requests), self._next_host(), self.rows
         first = [request.num_computed for request in requests]
-        ends = [start + new for start, new in zip(first, num_new, strict=True)]
-        if max(num_new) == 1:
-            token_ids = [request.token_ids[start] for request, start in zip(requests, first, strict=True)]
-        else:
-            chunks = zip(requests, first, ends, strict=True)
-            token_ids = [token for request, start, end in chunks for token in request.token_ids[start:end]]
+        token_ids, positions, slots = host.singles
+        token_ids[:count] = [request.token_ids[start] for request, start in zip(requests, first, strict=True)]
+        positions[:count] = first
+        ends = host.num_tokens[:count]
+        np.add(positions[:count], 1, out=ends)
+        block, offset = np.divmod(positions[:count], self.limits.block_size)
+        slots[:count] = rows.table[self._row_ids[:count], block] * self.limits.block_size + offset
+        host.seeds[:count], host.temperatures[:count] = rows.seeds[:count], rows.temperatures[:count]
+        if count < padded_rows:
+            behind = slice(count, padded_rows)
+            token_ids[behind], positions[behind], slots[behind], host.num_tokens[behind] = 0, -1, -1, 0
+            host.temperatures[behind] = 0
+        self._send(host, self.num_rows)
+        return LoadedStep(requests, [1] * count, ends.tolist(), [], 0)
+
+    def load(self, plan: StepPlan) -> LoadedStep:
+        """Bring any plan whose requests are seated to the device."""
+        requests, num_new_of, host = self.rows.requests, dict(plan.scheduled), self._next_host()
+        num_new = [num_new_of[request] for request in requests]
+        ends = [request.num_computed + new for request, new in zip(requests, num_new, strict=True)]
+        order = sorted(range(len(requests)), key=lambda row: num_new[row] == 1)  # chunks first, else by row
+        starts = self._write_rows(host, ends, num_new, order)
+        self._write_tokens(host.tokens(sum(num_new)), requests, num_new, order)
+        self._send(host, aligned(sum(num_new)))
+        return LoadedStep(requests, num_new, ends, starts, len(num_new) - num_new.count(1))
+
+    def singles(self, num_rows: int) -> KernelBatch:
+        """One query in each of the first rows: the same addresses in every step."""
+        token_ids, positions, slots = self._token_parts(num_rows, self.num_rows)
+        keys, starts = Keys(self.table[:num_rows], self.num_tokens[:num_rows]), self._row_part(7)[:1]
+        return KernelBatch(token_ids, positions, slots, keys, None, starts, max_query_len=1)
+
+    def ragged(self, step: LoadedStep) -> KernelBatch:
+        """Any step, as it was loaded without padding."""
+        num_tokens, num_requests = sum(step.num_new), len(step.requests)
+        token_ids, positions, slots = self._token_parts(num_tokens, aligned(num_tokens))
+        order, num_keys = (self._row_part(part)[:num_requests] for part in (5, 6))
+        chunks, singles = (
+            Keys(self.table.index_select(0, order[rows]), num_keys[rows].clone())
+            for rows in (slice(step.num_chunks), slice(step.num_chunks, None))
+        )
+        first = 7 * self.num_rows
+        starts = self._words[first : first + step.num_chunks + 1]
+        return KernelBatch(
+            token_ids, positions, slots, singles, chunks if len(chunks) else None, starts, max(step.num_new)
+        )
+
+    def last_tokens(self, step: LoadedStep) -> torch.Tensor:
+        """Of each row, which token is its last, whose logits give the next one."""
+        return self._row_part(4)[: len(step.requests)]
+
+    def _next_host(self) -> "HostWords":
+        """The buffer that was written before the last one, once it has been read."""
         self._turn = 1 - self._turn
         if self._sent:
-            self._sent[self._turn].synchronize()  # the copy before last has been read
-        words = self._hosts[self._turn].numpy()
-        capacity = self.num_rows if padded_rows else aligned(len(token_ids))
-        self._write_rows(words, ends, num_new)
-        self._write_tokens(words, token_ids, first, num_new, capacity, padded_rows or 0)
-        self._send(words, capacity, places, block_ids)
-        return LoadedStep(requests, num_new, ends, max(num_new))
+            self._sent[self._turn].synchronize()
+        return self._hosts[self._turn]
 
-    def singles(self, num_rows: int) -> ForwardBatch:
-        """One query in each of the first rows: the same addresses in every step."""
-        tokens = (part[:num_rows] for part in self._token_parts(self._words, self.num_rows))
-        return self._batch(*tokens, num_rows=num_rows, num_requests=num_rows)
-
-    def ragged(self, step: LoadedStep) -> ForwardBatch:
-        """Several queries for some requests; rows without any stand behind them."""
-        num_tokens = sum(step.num_new)
-        tokens = (part[:num_tokens] for part in self._token_parts(self._words, aligned(num_tokens)))
-        return self._batch(*tokens, num_rows=self.limits.max_num_seqs, num_requests=len(step.requests))
-
-    def _batch(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, *, num_rows: int,
-        num_requests: int,
-    ) -> ForwardBatch:  # fmt: skip
-        return ForwardBatch(
-            token_ids, positions, slots, self.table[:num_rows],
-            query_starts=self._starts(self._words)[: num_rows + 1],
-            num_tokens=self.num_tokens[:num_rows],
-            logit_rows=self._row_part(self._words, 4)[:num_requests],
-        )  # fmt: skip
-
-    def _write_rows(self, words: np.ndarray, ends: list[int], num_new: list[int]) -> None:
-        num_requests, limit = len(ends), self.num_rows
-        words[: 2 * limit].view(np.int64)[:num_requests] = self.rows.seeds[:num_requests]
-        temperatures = self._row_part(words, 2).view(np.float32)
-        temperatures[:num_requests] = self.rows.temperatures[:num_requests]
-        temperatures[num_requests:] = 0
-        num_tokens, logit_rows, starts = self._row_part(words, 3), self._row_part(words, 4), self._starts(words)
-        num_tokens[:num_requests], num_tokens[num_requests:] = ends, 0
-        starts[0] = 0
-        np.cumsum(num_new, out=starts[1 : num_requests + 1])
-        starts[num_requests + 1 :] = starts[num_requests]
-        logit_rows[:num_requests], logit_rows[num_requests:] = starts[1 : num_requests + 1] - 1, 0
+    def _write_rows(self, host: "HostWords", ends: list[int], num_new: list[int], order: list[int]) -> list[int]:
+        """All that is one a row; where each row's tokens begin."""
+        count = len(ends)
+        host.seeds[:count], host.temperatures[:count] = self.rows.seeds[:count], self.rows.temperatures[:count]
+        host.num_tokens[:count], host.order[:count] = ends, order
+        host.keys[:count] = host.num_tokens[order]
+        stops = host.query_starts[: count + 1]
+        stops[0] = 0
+        np.cumsum(np.array(num_new)[order], out=stops[1:])
+        host.last_tokens[order] = stops[1:] - 1
+        starts = np.empty(count, np.int32)
+        starts[order] = stops[:-1]
+        return starts.tolist()
 
     def _write_tokens(
-        self, words: np.ndarray, token_ids: list[int], first: list[int], num_new: list[int], capacity: int, padded: int
+        self, parts: tuple[np.ndarray, ...], requests: list[Request], num_new: list[int], order: list[int]
     ) -> None:
-        size, num_tokens = self.limits.block_size, len(token_ids)
-        ids, positions, slots = self._token_parts(words, capacity)
-        ids[:num_tokens] = token_ids
-        rows = np.arange(len(first))
-        if num_tokens == len(first):
-            positions[:num_tokens] = first
-        else:
-            before = np.array(first) - self._starts(words)[: len(first)]  # a token's position less its place
-            positions[:num_tokens] = np.repeat(before, num_new) + np.arange(num_tokens)
-            rows = np.repeat(rows, num_new)
-        block, offset = np.divmod(positions[:num_tokens], size)
-        slots[:num_tokens] = self.rows.table[rows, block] * size + offset
-        ids[num_tokens:padded], positions[num_tokens:padded], slots[num_tokens:padded] = 0, -1, -1
+        token_ids, positions, slots = parts
+        spans = [(requests[row].token_ids, requests[row].num_computed, num_new[row]) for row in order]
+        token_ids[:] = [token for tokens, first, new in spans for token in tokens[first : first + new]]
+        lengths = np.array([new for _, _, new in spans])
+        before = np.array([first for _, first, _ in spans]) - (lengths.cumsum() - lengths)  # position less place
+        positions[:] = np.repeat(before, lengths) + np.arange(len(positions))
+        block, offset = np.divmod(positions, self.limits.block_size)
+        slots[:] = self.rows.table[np.repeat(order, lengths), block] * self.limits.block_size + offset
 
-    def _send(self, words: np.ndarray, capacity: int, places: list[int], block_ids: list[int]) -> None:
+    def _send(self, host: "HostWords", capacity: int) -> None:
         """One copy; then the table's changes find their places on the device."""
+        places, block_ids = self.rows.take_changes()
         start, num_changes = self._first_change(capacity), len(places)
         if num_changes > self._most_changes:
             self.table.copy_(torch.from_numpy(self.rows.table))
             num_changes = 0
         middle, end = start + 2 * num_changes, start + 3 * num_changes
         if num_changes:
-            words[start:middle].view(np.int64)[:] = places
-            words[middle:end] = block_ids
-        self._words[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+            host.words[start:middle].view(np.int64)[:] = places
+            host.words[middle:end] = block_ids
+        self._words[:end].copy_(host.memory[:end], non_blocking=True)
         if self._sent:
             self._sent[self._turn].record()
         if num_changes:
             self.table.view(-1).scatter_(0, self._words[start:middle].view(torch.int64), self._words[middle:end])
 
-    def _row_part(self, words: Words, index: int) -> Words:
-        return words[index * self.num_rows : (index + 1) * self.num_rows]
+    def _row_part(self, index: int) -> torch.Tensor:
+        return self._words[index * self.num_rows : (index + 1) * self.num_rows]
 
-    def _starts(self, words: Words) -> Words:
-        return words[5 * self.num_rows : 6 * self.num_rows + 1]
-
-    def _token_parts(self, words: Words, capacity: int) -> tuple[Words, Words, Words]:
-        """Token ids, positions and slots, `capacity` of each."""
-        first = 6 * self.num_rows + ALIGNMENT
-        parts = (words[first + part * capacity : first + (part + 1) * capacity] for part in range(3))
-        return tuple(parts)  # type: ignore[return-value]
+    def _token_parts(self, num_tokens: int, capacity: int) -> tuple[torch.Tensor, ...]:
+        """Token ids, positions and slots, of which there is room for `capacity` each."""
+        first = self._first_change(0)
+        return tuple(self._words[first + part * capacity :][:num_tokens] for part in range(3))
 
     def _first_change(self, capacity: int) -> int:
-        return 6 * self.num_rows + ALIGNMENT + 3 * capacity
+        return ROW_PARTS * self.num_rows + ALIGNMENT + 3 * capacity
+
+
+class HostWords:
+    """A buffer in the host's memory, and its parts by name."""
+
+    def __init__(self, num_words: int, num_rows: int, *, is_pinned: bool) -> None:
+        self.memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=is_pinned)
+        self.words = self.memory.numpy()
+        parts = [self.words[part * num_rows : (part + 1) * num_rows] for part in range(ROW_PARTS)]
+        self.seeds = self.words[: 2 * num_rows].view(np.int64)
+        self.temperatures = parts[2].view(np.float32)
+        self.num_tokens, self.last_tokens, self.order, self.keys = parts[3:7]
+        self.query_starts = self.words[7 * num_rows : ROW_PARTS * num_rows + 1]
+        self._first_token = ROW_PARTS * num_rows + ALIGNMENT
+        self.singles = self._token_parts(num_rows, num_rows)
+
+    def tokens(self, num_tokens: int) -> tuple[np.ndarray, ...]:
+        """Token ids, positions and slots of a step of any kind."""
+        return self._token_parts(num_tokens, aligned(num_tokens))
+
+    def _token_parts(self, num_tokens: int, capacity: int) -> tuple[np.ndarray, ...]:
+        return tuple(self.words[self._first_token + part * capacity :][:num_tokens] for part in range(3))
 
 
 def aligned(count: int) -> int:

@@ -1,0 +1,32 @@
+"""One step as the kernels of fused_llama.py read it, in 32-bit integers: chunks of prompts, then single tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What some requests see: their blocks, and how many tokens in them; a row of padding has none."""
+
+    block_table: torch.Tensor  # [B, M]
+    num_tokens: torch.Tensor  # [B] the new ones included
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+@dataclass(frozen=True)
+class KernelBatch:
+    """T new tokens: those of requests that bring several, then of those that bring one, then rows of padding.
+
+    Padding has position and slot -1. Keys of both kinds begin at multiples of 16 bytes: else kernels compile anew.
+    """
+
+    token_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T] where each new token's K and V are stored
+    singles: Keys  # of requests with one token, padding included
+    chunks: Keys | None  # of the others
+    query_starts: torch.Tensor  # [num_chunks + 1]
+    max_query_len: int  # of a chunk
