@@ -82,7 +82,8 @@ class EngineConfig:
                 f"({self.max_num_batched_tokens}) to max_model_len ({self.max_model_len}) or lower max_model_len"
             )
         if self.capacity_tokens < self.max_model_len:
-            way_out = f"raise kv_cache_memory or lower max_model_len to {self.capacity_tokens}"
+            way_out = "raise kv_cache_memory (on a GPU, or gpu_memory_utilization) or "
+            way_out += f"lower max_model_len to {self.capacity_tokens}"
             if len(self.group_windows) > 1:
                 way_out += f", or lower max_num_batched_tokens ({self.max_num_batched_tokens})"
             raise ConfigError(

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from minivllm import LLM, SamplingParams
 from minivllm.errors import ConfigError
 from tests.test_fused import GREEDY, HOT, PROMPTS, drive, engine, folders, tokens
 
+Build = Callable[[str], tuple[Path, PreTrainedModel]]
 pytestmark = pytest.mark.gpu
 folders = folders  # the fixture, by its name
 SMALL: dict[str, Any] = {"device": "cuda", "load_format": "dummy", "show_progress": False, "max_num_seqs": 8}
@@ -103,3 +105,15 @@ def test_a_pool_that_does_not_fit_names_the_figure_to_change() -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens=12000000: lower it"):
         LLM("qwen3-0.6b", max_num_batched_tokens=12_000_000, **SMALL | {"max_num_seqs": 300})
     assert memory_in_use() < 2**30
+
+
+@pytest.mark.parametrize("family", ["v2-moe", "ministral-1to1", "llama-head-8"])
+def test_models_that_are_not_fused_start_and_answer_as_on_a_cpu(family: str, reference_model: Build) -> None:
+    folder, _ = reference_model(family)
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "show_progress": False}
+    on_cpu = LLM(folder, device="cpu", **options)
+    on_gpu = LLM(folder, device="cuda", gpu_memory_utilization=0.3, max_num_seqs=8, **options)
+    assert on_gpu.runner.fused is None
+    prompts = [[3, 4, 5], list(range(30))]
+    found, expected = (tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) for llm in (on_gpu, on_cpu))
+    assert found == expected
