@@ -16,7 +16,7 @@ from minivllm_kernels.reference import (
 def use_twins(patch: pytest.MonkeyPatch) -> None:
     """Put the twins in the kernels' places, arguments and all."""
     fused = "minivllm.models.fused_llama."
-    kernels = (rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store)
+    kernels = (rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store, row_product)
     for kernel in kernels:
         patch.setattr(fused + kernel.__name__, kernel)
     patch.setattr(fused + "fastest_decode", lambda *_: decode)
@@ -37,6 +37,10 @@ def add_rms_norm(
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(silu_and_mul_twin(gate_up))
+
+
+def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    out.copy_(torch.nn.functional.linear(x, weight, bias))
 
 
 def qk_norm_rope_store(

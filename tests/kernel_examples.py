@@ -20,6 +20,7 @@ from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.read import TILE, TILES, read_sums
+from minivllm_kernels.row_product import row_product
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
@@ -152,6 +153,11 @@ def gate(dtype: torch.dtype) -> None:
     silu_and_mul(empty(16, 2 * 3072, dtype=dtype), empty(16, 3072, dtype=dtype))
 
 
+def single_row(dtype: torch.dtype) -> None:
+    x, out = empty(1, 1024, dtype=dtype), empty(1, 3072, dtype=dtype)
+    row_product(x, empty(3072, 1024, dtype=dtype), empty(3072, dtype=dtype), out)
+
+
 def draw(dtype: torch.dtype, *filters: str) -> None:
     rows = {"top_k": ints(16), "top_p": empty(16, dtype=FP32), "min_p": empty(16, dtype=FP32)}
     top_k, top_p, min_p = (rows[name] if name in filters else None for name in rows)
@@ -247,6 +253,7 @@ EXAMPLES = [
     Example("silu_and_mul bf16", partial(gate, BF16)),
     Example("read", lambda: read_sums(empty(4, TILE * TILES), empty(4, dtype=FP32))),
     Example("silu_and_mul fp32", partial(gate, FP32)),
+    *(Example(f"row product {dtype}", partial(single_row, dtype)) for dtype in (BF16, FP32)),
     Example("sample bf16", partial(draw, BF16), "_sample_kernel", partial(configs.sampler_config, CPU)),
     *(Example(f"sample {dtype}", partial(draw, dtype)) for dtype in (FP16, FP32)),
     *(Example(f"sample {name}", partial(draw, BF16, name)) for name in FILTERS),

@@ -16,6 +16,7 @@ from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
+from minivllm_kernels.row_product import row_product
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.store_kv import qk_norm_rope_store, store_kv
@@ -88,6 +89,7 @@ def run_row_kernels() -> None:
     normal = partial(torch.randn, dtype=torch.bfloat16, device=DEVICE)
     add_rms_norm(normal(3, 1032), normal(3, 1032), normal(1032), normal(3, 1032), eps=1e-6)
     silu_and_mul(normal(3, 2 * 1032), normal(3, 1032))
+    row_product(normal(1, 1032), normal(41, 1032), normal(41), normal(1, 41))
     case = paged_case([1] * 5, [9] * 5, heads=(3, 3), dtype=torch.bfloat16)
     slots = torch.tensor([17, 3, -1, 40, 8], dtype=torch.int32, device=DEVICE)
     store_kv(case.q, case.q, case.k_cache, case.v_cache, slots)

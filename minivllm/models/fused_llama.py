@@ -15,6 +15,7 @@ from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.checks import BLOCK_SIZES, HEAD_SIZES
 from minivllm_kernels.fastest import fastest_attention, fastest_decode
 from minivllm_kernels.norms import MAX_WIDTH, add_rms_norm, rms_norm
+from minivllm_kernels.row_product import row_product
 from minivllm_kernels.store_kv import qk_norm_rope_store
 from minivllm_kernels.workspace import SplitWorkspace
 from torch import nn
@@ -84,10 +85,10 @@ class FusedLlama:
                 add_rms_norm(x, residual, weights.input_norm, x, eps=eps)
             x = self._attend(number, x, batch)
             add_rms_norm(x, residual, weights.mlp_norm, x, eps=eps)
-            gate_up = F.linear(x, *weights.gate_up)
+            gate_up = product(x, weights.gate_up)
             gated = gate_up.new_empty(len(x), self.config.intermediate_size)
             silu_and_mul(gate_up, gated)
-            x = F.linear(gated, *weights.down)
+            x = product(gated, weights.down)
         return x, residual
 
     def head(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ class FusedLlama:
     def _attend(self, number: int, x: torch.Tensor, batch: KernelBatch) -> torch.Tensor:
         """A layer's attention: normed residual in, what is to be added to it out; [T, hidden] both."""
         weights, config, kv = self.weights[number], self.config, self.layers[number]
-        qkv = F.linear(x, *weights.qkv)
+        qkv = product(x, weights.qkv)
         num_q = config.num_heads * config.head_size
         q = qkv[:, :num_q].unflatten(1, (config.num_heads, config.head_size))  # turned in place
         qk_norm_rope_store(
@@ -119,7 +120,17 @@ class FusedLlama:
             inputs = (q[first_single:], kv.k, kv.v)
             decode, attended = fastest_decode(*inputs), out[first_single:]
             decode(*inputs, singles.block_table, singles.num_tokens, attended, self.workspace, window=window)
-        return F.linear(out.flatten(1), *weights.o)
+        return product(out.flatten(1), weights.o)
+
+
+def product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """x [T, in] times a matrix: [T, out]; a single row by our own kernel, in 16 us for the four of a layer, not 28."""
+    weight, bias = matrix
+    if len(x) != 1:
+        return F.linear(x, weight, bias)
+    out = x.new_empty(1, len(weight))
+    row_product(x, weight, bias, out)
+    return out
 
 
 def angle_table(model: Decoder, max_model_len: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Steps of one token per request, as one CUDA graph for each size of batch: body, logits and sampling in one launch.
 
-    requests   1  2  3  4  5 ... 8  9 ... 16  17 ... 24  ...
-    size       1  2  4  4  8 ... 8  16 ... 16  24 ... 24  ...     rows behind the batch are padding
+    requests   1  2 ... 8  9 ... 16  17 ... 24  ...
+    size       1  8 ... 8  16 ... 16  24 ... 24  ...     rows behind the batch are padding
 
+A product of 8 rows takes no longer than one of 2 (kernels/NOTES.md), so there is nothing between 1 and 8.
 Graphs share one pool of memory, so the largest is captured first and the others fit into it. Without graphs the same
 kernels run on the same padded rows: the bits are the same.
 """
@@ -27,8 +28,8 @@ class Graph(Protocol):
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """Sizes for which a step is captured: batch_sizes(20) == [1, 2, 4, 8, 16, 20]."""
-    sizes = [1, 2, 4, 8, *range(16, max_num_seqs, 8), max_num_seqs]
+    """Sizes for which a step is captured: batch_sizes(20) == [1, 8, 16, 20]."""
+    sizes = [1, *range(8, max_num_seqs, 8), max_num_seqs]
     return sorted({size for size in sizes if size <= max_num_seqs})
 
 
