@@ -85,10 +85,19 @@ def measure(names: Sequence[str], choice: EngineChoice, repeats: int) -> list[di
     machine = measured_roofs(device, choice.dtype)
     for name, row in zip(names, rows, strict=True):
         prompts, num_out = lists[name]
-        floor_s = work.ideal_seconds([len(prompt) for prompt in prompts], num_out, machine)
+        num_shared = shared_tokens(prompts)
+        floor_s = work.ideal_seconds([len(prompt) for prompt in prompts], num_out, machine, num_shared)
         row |= {"floor_s": round(floor_s, 3), "share of floor": round(floor_s / float(str(row["best_s"])), 3)}
         row |= {"start_s": round(start_s, 2), **asdict(choice), "roofs": asdict(machine)}
     return rows
+
+
+def shared_tokens(prompts: list[list[int]]) -> int:
+    """Tokens that all prompts begin with, if there are several: shared_tokens([[1, 2, 3], [1, 2, 4]]) == 2."""
+    if len(prompts) == 1:
+        return 0
+    places = enumerate(zip(*prompts, strict=False))
+    return next((place for place, tokens in places if len(set(tokens)) > 1), min(map(len, prompts)))
 
 
 def _row(name: str, llm: LLM, lists: Lists, repeats: int) -> dict[str, object]:

@@ -58,12 +58,16 @@ class ModelWork:
         compute_s = flops / machine.flops_of(self.dtype)
         return StepFloor(num_bytes, attention.num_bytes, flops, 1e3 * read_s, 1e3 * compute_s)
 
-    def ideal_seconds(self, num_in: Sequence[int], num_out: Sequence[int], machine: Accelerator) -> float:
+    def ideal_seconds(
+        self, num_in: Sequence[int], num_out: Sequence[int], machine: Accelerator, num_shared: int = 0
+    ) -> float:
         """The floors of all steps of an engine with room for everything: all prompts at once, then a token each.
 
-        A prefix that requests share counts for each of them.
+        The first `num_shared` tokens, which all prompts share, are computed once; every step reads each request's copy.
         """
-        total_ms = self.floor([(num, num) for num in num_in], len(num_in), machine).ms
+        first, *others = num_in
+        prompts = [(first, first), *((max(num - num_shared, 1), num) for num in others)]
+        total_ms = self.floor(prompts, len(prompts), machine).ms
         for step in range(1, max(num_out)):
             alive = [(1, prompt + step) for prompt, num in zip(num_in, num_out, strict=True) if num > step]
             total_ms += self.floor(alive, len(alive), machine).ms
