@@ -141,12 +141,15 @@ def sweep(
         plan = plan_of(llm, shape)
         floor = work.floor([(shape.num_new, shape.num_stored)] * shape.num_requests, shape.num_requests, machine)
         run = partial(llm.runner.logits, plan)
-        ms, busy = _timed(run, llm.device, budget_s)
+        with llm.runner.by_modules():  # kernel by kernel, as eager code runs
+            ms, busy = _timed(run, llm.device, budget_s)
         replay = captured(llm, plan) if with_graphs else None
         graph_ms = _timed(replay, llm.device, budget_s)[0] if replay else None
         graph_busy = None
         if llm.device == "cuda" and with_busy and shape.num_tokens in (1, most[shape.kind]):
-            busy, graph_busy = nvidia_busy(run), nvidia_busy(replay) if replay else None
+            with llm.runner.by_modules():
+                busy = nvidia_busy(run)
+            graph_busy = nvidia_busy(replay) if replay else None
         work_done = floor.flops, floor.weight_bytes, floor.kv_bytes, floor.ms
         steps.append(Step(shape, *work_done, ms, graph_ms, busy, graph_busy))
     facts = provenance(llm.seed) | ({"gpu": torch.cuda.get_device_name()} if llm.device == "cuda" else {})

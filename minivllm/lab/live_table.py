@@ -12,6 +12,7 @@ from minivllm.llm import LLM
 from minivllm.request import SamplingParams
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.model_runner import ModelRunner
+from minivllm.startup import limits_of
 from minivllm.text_engine import TextEngine
 
 Action = Callable[[str], str]  # what was typed -> what happened
@@ -29,7 +30,7 @@ def resized(llm: LLM, block_size: int, num_slots: int) -> LLM:
     config = replace(llm.config, block_size=block_size, num_blocks=1 + num_slots // block_size)
     other = copy.copy(llm)
     other.storage = KVStorage(llm.model_config, config.num_blocks, block_size, llm.device, 0, llm.storage.groups)
-    other.runner = ModelRunner(llm.runner.model, llm.model_config, other.storage, llm.device)
+    other.runner = ModelRunner(llm.runner.model, llm.model_config, other.storage, llm.device, limits_of(config))
     other.engine = Engine(config, other.runner)
     other.text_engine = TextEngine(other.engine, llm.tokenizer, llm.model, llm.model_config.vocab_size, llm.seed)
     return other

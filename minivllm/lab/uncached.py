@@ -5,7 +5,7 @@ engine must not find them in its prefix cache either. A pass is one call of the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def record_past(llm: LLM, token_ids: Sequence[int]) -> Past:
         q, k, v = _heads(attention, made[:-1].clone())
         rows.append((q, k, v))
 
-    with _removed(_on_projections(llm, lambda layer, attention, made: note(attention, made))):
+    with llm.runner.by_modules(), _removed(_on_projections(llm, lambda layer, attention, made: note(attention, made))):
         llm.generate([list(token_ids)], _greedy(1), use_tqdm=False)
     q, k, v = (list(each) for each in zip(*rows, strict=True))
     return Past(q, k, v)
@@ -195,14 +195,16 @@ def wrong_positions(llm: LLM, wrong: Callable[[torch.Tensor], torch.Tensor]) -> 
         is_decode = len(token_ids) == 1 and int(positions[0]) > 0
         return (token_ids, wrong(positions), *others) if is_decode else None
 
-    with _removed([llm.runner.model.register_forward_pre_hook(misplace)]):
+    with llm.runner.by_modules(), _removed([llm.runner.model.register_forward_pre_hook(misplace)]):
         yield
 
 
-def _watched_engine(llm: LLM) -> AbstractContextManager[list[Pass]]:
+@contextmanager
+def _watched_engine(llm: LLM) -> Iterator[list[Pass]]:
     model = llm.runner.model
     projections = [attention.qkv_proj for attention in _attentions(llm)]  # one matrix for Q, K and V
-    return watched(model.embed, projections, projections, model.lm_head)
+    with llm.runner.by_modules(), watched(model.embed, projections, projections, model.lm_head) as passes:
+        yield passes
 
 
 def _on_projections(

@@ -3,6 +3,8 @@
 On a GPU, models of the Llama family that our kernels fit run fused (fused_steps.py); this file's way is for all others.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -65,6 +67,15 @@ class ModelRunner:
         """Where steps run fused, make decode steps CUDA graphs: before the first plan, when all rows are padding."""
         if self.fused is not None:
             self.fused.decode.capture(show_progress=show_progress)
+
+    @contextmanager
+    def by_modules(self) -> Iterator[None]:
+        """Run the model's own modules, as a CPU does, for whoever hooks into them under `with`."""
+        fused, self.fused = self.fused, None
+        try:
+            yield
+        finally:
+            self.fused = fused
 
     def twin(self, num_host_blocks: int) -> "ModelRunner":
         """The same model, not a copy of it, on storage of its own that holds zeros; without graphs."""
