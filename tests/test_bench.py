@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from minivllm.bench import engine as bench
 from minivllm.bench import policies, reference_workloads
 from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, measure
-from minivllm.bench.table import KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
+from minivllm.bench.table import GPU_RESULTS, KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
 from minivllm.errors import ConfigError
 
 # Of the lists that vLLM 0.26 and nano-vllm were given.
@@ -35,7 +35,7 @@ def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
     assert rewritten.read_text() == README.read_text()
 
 
-@pytest.mark.parametrize("results", [RESULTS, POLICY_RESULTS, KERNEL_RESULTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("results", [RESULTS, POLICY_RESULTS, KERNEL_RESULTS, GPU_RESULTS], ids=lambda path: path.stem)
 def test_result_file_names_machine_commit_seed_and_command(results: Path) -> None:
     facts = json.loads(results.read_text())["provenance"]
     assert all(str(facts[name]) for name in ("machine", "commit", "seed", "command", "torch", "transformers"))

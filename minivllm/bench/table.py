@@ -9,6 +9,8 @@ POLICY_RESULTS = Path(__file__).with_name("results") / "policies_cpu.json"
 POLICY_BEGIN, POLICY_END = "<!-- policy table: begin -->\n", "<!-- policy table: end -->"
 KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
 KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
+GPU_RESULTS = Path(__file__).with_name("results") / "engine_h200.json"
+GPU_BEGIN, GPU_END = "<!-- gpu table: begin -->\n", "<!-- gpu table: end -->"
 CONVERSIONS = Path(__file__).parents[1] / "lab" / "conversions"
 CONVERSION_BEGIN, CONVERSION_END = "<!-- conversion table: begin -->\n", "<!-- conversion table: end -->"
 LABELS = {"what", "unit"}
@@ -48,6 +50,25 @@ def kernel_table(path: Path = KERNEL_RESULTS) -> str:
     return "\n".join(lines) + "\n" + source
 
 
+def gpu_table(path: Path = GPU_RESULTS) -> str:
+    """Markdown: a line for each workload of the engine on a GPU, beside the floor of its bytes and FLOPs."""
+    result = json.loads(path.read_text())
+    lines = [
+        "| model and workload | seconds, best | tokens/s | floor, seconds | share of the floor |",
+        "| --- " * 5 + "|",
+    ]
+    for row in result["rows"]:
+        name = f"{row['model']}, {row['what']}" + (f" ({row['note']})" if "note" in row else "")
+        cells = (name, row["best_s"], f"{row['tokens/s']:,.0f}", row["floor_s"], row["share of floor"])
+        lines.append("".join(f"| {cell} " for cell in cells) + "|")
+    facts, gpu = result["provenance"], result["rows"][0]["roofs"]["name"]
+    source = (
+        f"\n{gpu}, random weights in bf16, torch {facts['torch']}, commit {facts['commit']}, seed {facts['seed']}: "
+        f"`{facts['command']}` ({facts['note']})\n"
+    )
+    return "\n".join(lines) + "\n" + source
+
+
 def conversion_table(folder: Path = CONVERSIONS) -> str:
     """Markdown: a line for each attention of one model's weights, then where bytes, speeds and losses come from."""
     tuned = json.loads((folder / "tuned_h200.json").read_text())
@@ -81,6 +102,7 @@ def write_into(readme: Path) -> None:
         (BEGIN, END, table()),
         (POLICY_BEGIN, POLICY_END, table(POLICY_RESULTS)),
         (KERNEL_BEGIN, KERNEL_END, kernel_table()),
+        (GPU_BEGIN, GPU_END, gpu_table()),
         (CONVERSION_BEGIN, CONVERSION_END, conversion_table()),
     ):
         head, rest = text.split(begin)
