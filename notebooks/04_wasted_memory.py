@@ -243,7 +243,7 @@ times
 
 # %%
 bars = WasteBars(play_room, paper.FIGURE_2, paper.NAMES)
-traces, columns = traces, bars.columns  # of this run, wherever the sliders go
+traces, columns = bars.traces, bars.columns  # of this run, wherever the sliders go
 for name, published in paper.FIGURE_2.items():
     for part, told in zip(paper.PARTS, published, strict=True):
         ours = getattr(columns[name].shares, part)

@@ -234,7 +234,7 @@ tiles.reveal(len(steps.turns))
 # Look at five things. Which entries of the table are read? Where do these blocks lie? What is masked? How do the
 # running maximum and sum change? And how close is the output so far to the finished one?
 
-# %% tags=["nbval-ignore-output", "readme:kernel_stepper"]
+# %% tags=["readme:kernel_stepper"]
 KernelStepper(steps, program=0, turn=2)
 
 # %% [markdown]
@@ -274,8 +274,9 @@ assert sum(masked) == case.num_kv_heads * sum(ends)
 # %%
 reads = predict(
     "06.p3",
-    "If every query head had a program of its own, how many times as many bytes of K "
-    f"and V would be read? ({case.num_heads} query heads, {case.num_kv_heads} KV heads)",
+    "If every query head had a program of its own, how many times as many bytes of "
+    "K and V would be read? "
+    f"({case.num_heads} query heads, {case.num_kv_heads} KV heads)",
     ...,
     unit="times",
 )
@@ -321,6 +322,9 @@ assert worst < 1e-4  # fp32 in the kernel, float64 here
 # its sum. Whoever stores the last part adds them up, each with the weight of its sum
 # ([`merge_partials`](../kernels/minivllm_kernels/split_kv.py)). This is split-K: a single long request can keep the
 # whole GPU busy.
+#
+# The output of a stored part is already divided by its own sum, so it is weighed as a whole. Exercise 06.5 hands you
+# parts one step earlier, (m, l, o) with o **not** divided: there numerators and sums are added, and divided once.
 
 # %%
 parts = {end.slot: end for end in steps.ends if end.slot is not None}
@@ -357,7 +361,7 @@ assert difference < 1e-5
 print("kernel and reference agree to 5 digits and more")
 
 # %% [markdown]
-# ## 4. What does the look-up cost? (EC1)
+# ## 4. What does the look-up cost?
 #
 # In 2023 the first paged kernel was 20 to 26 % slower than a contiguous one
 # ([Kwon et al., section 7.1](https://arxiv.org/abs/2309.06180)). What is it on our kernel, on one H200? The
@@ -446,7 +450,9 @@ copying.reveal(round(gathered.us / row.us, 1))
 # the time of a layer. The chip's bandwidth sets a floor for that, too.
 
 # %%
-share = achieved_share(round(row.gbps * row.us * 1e3), row.us / 1e3, recorded.chip)
+num_bytes = recorded.num_bytes(row)  # K and V, and q and out of one token each
+assert num_bytes == 8 * (16384 * 2 * 8 * 128 + 2 * 32 * 128) * 2
+share = achieved_share(num_bytes, row.us / 1e3, recorded.chip)
 print(f"{share} by the data sheet, {100 * row.share:.1f} % of a copy")
 long = recorded.row("plain", "scattered", batch=8, context=65536, block_size=16)
 slope = (long.us - row.us) / (8 * (65536 - 16384))
@@ -464,20 +470,31 @@ assert slope > floor
 # win: short answers of known length, a pool that is never full, a step where attention is all.
 
 # %%
-sizes = [recorded.row("plain", "scattered", 8, 16384, s) for s in recorded.block_sizes]
-worst = max(map(recorded.overhead, sizes))
-for label, extra, part, times in (
-    ("memory was the limit, as in 2023", 0.25, 0.2, 2.0),
-    ("the same on our kernel", recorded.overhead(row), 0.2, 2.0),
-    ("nobody waits for memory", recorded.overhead(row), 0.2, 1.0),
-    ("worst block size, attention is all", worst, 1.0, 1.0),
+ours = [r for r in recorded.rows if (r.kernel, r.layout) == ("plain", "scattered")]
+worst = max(ours, key=recorded.overhead)
+print(
+    f"2023, memory was the limit: 25% slower, tokens/s × {net_gain(0.25, 0.2, 2):.3f}"
+)
+worst_of_16 = max((r for r in ours if r.block_size == 16), key=recorded.overhead)
+for label, found, part, times in (
+    ("the same on our kernel", row, 0.2, 2.0),
+    ("nobody waits for memory", row, 0.2, 1.0),
+    ("worst in blocks of 16, attention is all", worst_of_16, 1.0, 1.0),
+    ("worst of all, attention is all", worst, 1.0, 1.0),
 ):
+    extra = recorded.overhead(found)
+    shape = f"{found.batch} × {found.context:,}, blocks of {found.block_size},"
     gain = net_gain(extra, part, times)
-    print(f"{label:36} {100 * extra:4.1f} % slower, tokens/s × {gain:.3f}")
+    print(f"{label:39} {shape:26} {extra:5.1%} slower, tokens/s × {gain:.3f}")
 assert net_gain(0.25, 0.2, 1.0) < 1 < net_gain(0.25, 0.2, 1.1)
+hopper = [r for r in recorded.rows if (r.kernel, r.layout) == ("engine", "scattered")]
+assert max(recorded.overhead(r) for r in hopper if r.block_size >= 16) < 0.03
 
 # %% [markdown]
-# Even then the loss is a few percent, so engines simply always page.
+# Where nobody waits for memory, a usual step loses less than a percent. The worst point that was measured loses a fifth
+# of its tokens: the portable kernel, blocks of 8 tokens or fewer, 64 requests of 65,536 tokens, and a step that is
+# nothing but attention. Engines page all the same: in blocks of 16 or more, with a kernel made for the GPU, most of
+# that loss is gone: 3% longer at most.
 #
 # With a GPU in this machine, the next cell measures it; without one, the recording stands in for it.
 

@@ -14,7 +14,7 @@ from minivllm.engine.engine import Engine
 from minivllm.errors import ConfigError
 from minivllm.events import Added, Preempted, StepRan
 from minivllm.lab import allocator_room
-from minivllm.lab.allocator_room import ALL, FOUR, NUM_TOKENS, answer, deal, play_room, serve
+from minivllm.lab.allocator_room import ALL, FOUR, NUM_TOKENS, answer, deal, play_room, serve, short_waits
 from minivllm.lab.allocator_study import COUNT_TOLERANCE, FIGURE_2, FIGURE_13, NUM_SLOTS, PARTS, TOLERANCE
 from minivllm.trace import Trace
 from minivllm.workload_shapes import ALPACA, SHAREGPT
@@ -116,6 +116,19 @@ def test_paged_tails_stay_below_a_block_at_every_step_and_at_the_formula_on_aver
 def test_a_full_pool_preempts_only_where_nothing_was_reserved(room: dict[str, Trace]) -> None:
     preempts = {name for name, trace in room.items() if trace.of(Preempted)}
     assert preempts == {"paged"}
+
+
+def test_free_blocks_of_a_paged_run_are_external_where_they_are_too_few_for_the_next_request() -> None:
+    deck = [(4 + i % 9, 4 + 7 * i % 29) for i in range(40)]
+    trace = serve("paged", deck, max_model_len=48, block_size=4, num_slots=192, num_tokens=300)
+    waits = short_waits(trace)
+    idle = {use.step: use.external for use in memory_over_time(trace) if use.external}
+    assert {wait.step: wait.free for wait in waits} == idle and len(idle) == 14
+    assert all(wait.need > wait.free == wait.largest_hole for wait in waits)
+    prompts = {event.request_id: event.num_prompt for event in trace if isinstance(event, Added)}
+    assert all(wait.need % 4 == 0 and wait.need >= prompts[wait.request_id] for wait in waits)
+    assert any(wait.need > prompts[wait.request_id] + 4 for wait in waits)  # it had written before it was preempted
+    assert short_waits(serve("paged", ((4, 4),), max_model_len=8, block_size=4, num_slots=192, num_tokens=4)) == []
 
 
 def test_gap_closes_as_the_lengths_become_equal() -> None:

@@ -38,7 +38,8 @@ def small() -> PagingCost:
         CostRow("plain", "scattered", 16, 4, 100, 11.0, 10.0, 12.0, 90.9, 1e-3, "aa", 0.4545),
         CostRow("engine", "scattered", 16, 4, 100, 9.0, 8.0, 10.0, 111.1, 1e-3, "bb", 0.5555),
     ]
-    return PagingCost(tuple(rows), {"kv_heads": 8, "head_size": 128}, 200.0, {"gpu": "NVIDIA H200"})
+    shape = {"heads": 32, "kv_heads": 8, "head_size": 128, "dtype": "bfloat16"}
+    return PagingCost(tuple(rows), shape, 200.0, {"gpu": "NVIDIA H200"})
 
 
 def test_the_recording_is_of_an_h200_and_whole() -> None:
@@ -154,6 +155,13 @@ def test_bytes_are_held_against_the_copy_and_the_data_sheet() -> None:
     assert f"{100 * row.gbps / 4800:.1f}% of the data sheet" in words
     unknown = CostCurves(replace(COST, facts={"gpu": "Voodoo 2"})).drawn()["lines"][-1]
     assert "data sheet" not in unknown
+
+
+def test_bytes_are_counted_and_the_measured_rates_are_of_them() -> None:
+    assert COST.num_bytes(COST.row("plain", "scattered", 8, 16384, 16)) == 536_870_912 + 2 * 8 * 32 * 128 * 2
+    for row in COST.rows:
+        if row.kernel in ("plain", "engine"):
+            assert row.gbps == pytest.approx(COST.num_bytes(row) / row.us / 1e3, rel=0.01)
 
 
 def test_contiguous_curves_are_dashed_and_paged_ones_are_not() -> None:

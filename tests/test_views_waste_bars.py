@@ -138,6 +138,19 @@ def test_published_and_own_bars_are_in_proportion() -> None:
     assert {"20.4", "26.8", "38.2", "96.3", "contiguous = Orca (Max)", "paged = vLLM"} <= {*written}
 
 
+def test_published_bars_stand_only_beside_requests_like_theirs_and_the_text_says_so() -> None:
+    view, _ = bars()
+    for control, value, is_there in (("max_model_len", 4096, True), ("lengths", "alpaca", False),
+                                     ("lengths", "sharegpt", True), ("spread", 50, False)):  # fmt: skip
+        view.move(control, value)
+        picture = view.drawn()
+        boxes = [mark for mark in picture["marks"] if isinstance(mark, Box)]
+        assert any(box.words.startswith("paper") for box in boxes) == is_there
+        assert ("(20.4)" in picture["text"]) == ("ours (paper)" in picture["text"]) == is_there
+        said = "the paper's bars stay those of" if is_there else "the paper's bars are left out"
+        assert picture["lines"][-1].startswith(said) and picture["text"].endswith(picture["lines"][-1])
+
+
 def test_strip_beside_follows_the_sliders() -> None:
     view, play = bars()
     strip = MemoryStrip.beside(view)

@@ -15,6 +15,8 @@ CHIPS = {  # what the driver calls a GPU, and what the calculators do
     "NVIDIA A100-SXM4-40GB": "a100-40gb-sxm", "NVIDIA L4": "l4", "NVIDIA L40S": "l40s", "NVIDIA B200": "b200-sxm",
 }  # fmt: skip
 
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # of a number
+
 
 @dataclass(frozen=True)
 class CostRow:
@@ -97,6 +99,12 @@ class PagingCost:
     def overhead(self, row: CostRow) -> float:
         """How much longer than our own kernel takes on contiguous keys: 0.03 is 3 %."""
         return row.us / self.row("plain", "contiguous", row.batch, row.context).us - 1
+
+    def num_bytes(self, row: CostRow) -> int:
+        """What a launch moves, each byte once: K and V of all tokens, and q and out of one token for each request."""
+        heads, kv_heads, head_size = (int(str(self.shape[key])) for key in ("heads", "kv_heads", "head_size"))
+        numbers = 2 * row.context * kv_heads * head_size + 2 * heads * head_size
+        return row.batch * numbers * BYTES[str(self.shape["dtype"])]
 
     def exercise_facts(self, row: CostRow) -> dict[str, object]:
         """A row as exercise 06.6 wants it; nothing for a GPU whose data sheet is not known: then it draws numbers."""

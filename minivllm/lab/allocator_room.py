@@ -16,9 +16,13 @@ from itertools import count
 from random import Random
 from statistics import mean
 
+from minivllm.course.memory_fold import read_count
+from minivllm.course.memory_use import Refusal, memory_over_time
+from minivllm.engine.allocators import blocks_needed
 from minivllm.engine.engine import Engine
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import ConfigError
+from minivllm.events import Added, Preempted, Waited
 from minivllm.lab.allocator_study import BYTES_PER_SLOT, MAX_MODEL_LEN, NUM_SLOTS
 from minivllm.lab.fake_runner import SilentRunner, fake_request
 from minivllm.llm import LLM
@@ -106,6 +110,22 @@ def shuffled(deck: Sequence[Pair]) -> Iterator[Pair]:
     random = Random("deck")
     while True:
         yield from random.sample(deck, len(deck))
+
+
+def short_waits(trace: Trace) -> list[Refusal]:
+    """Waits of a paged run during which blocks were free, any of which would serve: `need` counts slots in blocks."""
+    uses, size = {use.step: use for use in memory_over_time(trace)}, read_count(trace.header, "block_size")
+    num_tokens, found = dict[str, int](), list[Refusal]()
+    for event in trace:
+        if isinstance(event, Added):
+            num_tokens[event.request_id] = event.num_prompt
+        elif isinstance(event, Preempted):  # what it had computed, and the token that came of it
+            num_tokens[event.request_id] = max(num_tokens[event.request_id], event.num_computed + 1)
+        elif isinstance(event, Waited) and event.reason == "no_blocks":
+            free = uses[event.step].external if event.step in uses else 0
+            need = blocks_needed(num_tokens[event.request_id], size) * size
+            found += [Refusal(event.step, event.request_id, need, free, largest_hole=free)] if free else []
+    return found
 
 
 @dataclass(frozen=True)

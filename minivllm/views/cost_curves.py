@@ -173,10 +173,10 @@ def lines(cost: PagingCost, chosen: CostControls, row: CostRow) -> list[str]:
         f"tokens a second: × {chosen.factor:g} / {step:.4f} = {gain:.3f}: {verdict}; it breaks even where "
         f"{step:.4f} times as many requests fit",
     ]  # fmt: skip
-    moved = row.gbps * row.us * 1e3
+    moved = cost.num_bytes(row)
     rates = f"{row.gbps:,.0f} GB/s, {100 * row.share:.1f}% of a copy on this GPU"
     if cost.chip:
-        sheet = achieved_share(round(moved), row.us / 1e3, cost.chip)
+        sheet = achieved_share(moved, row.us / 1e3, cost.chip)
         rates += f", {float(sheet):.1f}% of the data sheet's peak"
     return [*found, f"{moved / 1e6:,.1f} MB in {row.us:g} µs: {rates}"]
 

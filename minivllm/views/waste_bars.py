@@ -1,7 +1,7 @@
 """Where the KV memory goes under each allocator, beside the published bars; every slider plays the engine again.
 
-A bar is the average over the steps with a full pool, folded from the events of a run. The view imports no engine: the
-caller hands in the function that plays.
+A bar is the average over the steps with a full pool, folded from the events of a run. The published bars stand only
+beside requests like theirs. The view imports no engine: the caller hands in the function that plays.
 """
 
 import threading
@@ -115,14 +115,13 @@ class WasteBars(SketchView):
                     lengths="sharegpt" if chosen.lengths == "equal" else chosen.lengths, spread=chosen.spread / 100,
                     max_model_len=chosen.max_model_len, block_size=chosen.block_size, num_slots=chosen.num_slots,
                 )  # fmt: skip
-                self._played = chosen, traces, [self._column(*item) for item in traces.items()]
+                self._played = chosen, traces, [self._column(*item, chosen) for item in traces.items()]
             return self._played[1:]
 
-    def _column(self, allocator: str, trace: Trace) -> Column:
+    def _column(self, allocator: str, trace: Trace, chosen: WasteControls) -> Column:
         shares = average(saturated(memory_over_time(trace)))
-        return Column(
-            allocator, shares, trace.last_step, self._published.get(allocator), self._names.get(allocator, "")
-        )
+        published = self._published.get(allocator) if has_their_requests(chosen) else None
+        return Column(allocator, shares, trace.last_step, published, self._names.get(allocator, ""))
 
     def _moved(self, control: str, value: object) -> None:
         known = accepted(controls(self._controls), control, value)
@@ -136,14 +135,19 @@ class WasteBars(SketchView):
         self._controls = replace(chosen, max_model_len=max(chosen.max_model_len, _max_model_lens(chosen)[0]))
 
 
+def has_their_requests(chosen: WasteControls) -> bool:
+    """Whether the requests are like those of the published bars."""
+    return (chosen.lengths, chosen.spread) == (WasteControls.lengths, WasteControls.spread)
+
+
 def draw(chosen: WasteControls, columns: Sequence[Column]) -> WastePicture:
-    """Two bars for each allocator: the paper's and ours."""
+    """Two bars for each allocator, the paper's and ours; ours alone for other requests than the paper's."""
     gap = columns[-1].shares.num_requests / columns[0].shares.num_requests
     title = _title(chosen, columns, gap)
     width = (WIDTH_PX - LEFT) / len(columns)
     groups = (mark for i, column in enumerate(columns) for mark in _group(column, LEFT + i * width, width))
     return {
-        "view": "waste-bars", "title": title, "aria": f"Memory by use. {title}", "text": _text(title, columns),
+        "view": "waste-bars", "title": title, "aria": f"Memory by use. {title}", "text": _text(title, chosen, columns),
         "status": "", "width": WIDTH_PX, "height": BOTTOM + 66, "marks": [*_axis(), *groups],
         "controls": controls(chosen), "steps": None, "legend": _legend(), "lines": _lines(chosen, columns),
         "lines_name": "how to read it", "provenance": "ours: the engine's allocators with a runner that computes"
@@ -233,19 +237,27 @@ def _lines(chosen: WasteControls, columns: Sequence[Column]) -> list[str]:
     held = columns[-1].shares.live_slots_per_request
     return [
         *worked.derivation, *worked.parts["left_over"].derivation, *tail_waste(held, chosen.block_size).derivation,
-        "the paper's bars stay those of ShareGPT, max_model_len 2,048 and 15,728 slots, wherever the sliders are",
+        _whose_bars(chosen),
     ]  # fmt: skip
 
 
-def _text(title: str, columns: Sequence[Column]) -> str:
+def _whose_bars(chosen: WasteControls) -> str:
+    theirs = "ShareGPT, max_model_len 2,048 and 15,728 slots"
+    if has_their_requests(chosen):
+        return f"the paper's bars stay those of {theirs}, wherever the sliders are"
+    return f"the paper's bars are left out: they are of {theirs}, and these requests are others"
+
+
+def _text(title: str, chosen: WasteControls, columns: Sequence[Column]) -> str:
     """A row for each allocator: ours, and the published figure in brackets."""
-    rows = [["ours (paper), % of the pool", *PARTS, "at once", "steps"]]
+    corner = "ours (paper), % of the pool" if has_their_requests(chosen) else "ours, % of the pool"
+    rows = [[corner, *PARTS, "at once", "steps"]]
     for column in columns:
         told = column.published or (None,) * len(PARTS)
         cells = [_beside(getattr(column.shares, part), figure) for part, figure in zip(PARTS, told, strict=True)]
         name = column.allocator + (f" = {column.their_name}" if column.their_name else "")
         rows.append([name, *cells, f"{column.shares.num_requests:.1f}", f"{column.num_steps:,}"])
-    return "\n".join([title, *text_table(rows)])
+    return "\n".join([title, *text_table(rows), _whose_bars(chosen)])
 
 
 def _beside(ours: float, published: float | None) -> str:

@@ -1,4 +1,7 @@
-"""Exercise 04.3: a heap of buddies. The learner's class must do what the engine's does, run by run."""
+"""Exercise 04.3: a heap of buddies. The learner's class must do what the engine's does, stretch by stretch.
+
+Every case ends with a take, and only what that gives is compared: the case that is shown is the first that goes wrong.
+"""
 
 from random import Random
 
@@ -6,14 +9,14 @@ from minivllm.course.exercises.exercise import Case, CodeProblem, Facts, Subject
 from minivllm.course.exercises.place import Place
 
 STUB = '''class MyBuddies:
-    """Runs of 2**k places: split in halves to fit, merged when both are free."""
+    """Stretches of 2**k places: split in halves to fit, merged when both are free."""
 
     def __init__(self, num_places):           # a power of two
-        self.starts = {num_places: [0]}       # of the free runs, by length
+        self.starts = {num_places: [0]}       # of the free stretches, by length
 
     def take(self, size): ...                 # -> range(start, start + length), or None when nothing fits
 
-    def free(self, run): ...                  # merge with its buddy as long as that is free'''
+    def free(self, stretch): ...              # merge with its buddy as long as that is free'''
 
 
 class SplitBuddies:
@@ -84,10 +87,28 @@ class TakesLargest(SplitBuddies):
 
 
 class MergesNeighbours(SplitBuddies):
-    """Takes the next run of equal length for the buddy, whoever was split from whom."""
+    """Takes the next stretch of equal length for the buddy, whoever was split from whom."""
 
     def buddy(self, start: int, length: int) -> int:
         return start + length
+
+
+class SplitsTooFar(SplitBuddies):
+    def wanted(self, size: int) -> int:
+        return 1 << size.bit_length() - 1
+
+
+class HandsOutSize(SplitBuddies):
+    """Splits as far as it should, and hands out as much as was asked for."""
+
+    def take(self, size: int) -> range | None:
+        run = super().take(size)
+        return run and run[:size]
+
+
+class RoundsWhenFreed(HandsOutSize):
+    def free(self, run: range) -> None:
+        super().free(range(run.start, run.start + self.wanted(len(run))))
 
 
 class KeepsUpperHalf(SplitBuddies):
@@ -98,8 +119,12 @@ class KeepsUpperHalf(SplitBuddies):
         return start + length
 
 
+def is_take(step: object) -> bool:
+    return isinstance(step, int) and step > 0
+
+
 def run_heap(subject: Subject, case: Case) -> object:
-    """The runs that a heap hands out over a script of sizes to take (positive) and runs to free (−1 − index)."""
+    """What the last take of a script gives: sizes to take (positive), and which of the taken to free (−1 − index)."""
     num_places, *script = case
     heap = subject(num_places)
     take, free = getattr(heap, "take", None), getattr(heap, "free", None)
@@ -115,26 +140,34 @@ def run_heap(subject: Subject, case: Case) -> object:
             free(run)
     if all(run is None for run in given):
         raise NotImplementedError
-    return given
+    return {f"take({script[-1]})": given[-1]}
 
 
 def buddy_heap(random: Random, facts: Facts) -> CodeProblem:
     """Scripts of takes and frees; the reference is the engine's own class."""
     reference = Place("minivllm.engine.allocators", "Buddies").load()
-    cases: list[Case] = [(16, 3, 5, 2), (16, 4, 4, -1, -2, 16), (16, 2, 2, 4, -2, -1, -3, 16)]
-    cases += [(16, 4, 4, 4, -2, -3, 8), (8, 1, 1, 1, 1, -2, -3, 2, -1, 2)]
-    cases += [_script(random) for _ in range(40)]
+    scripts: list[Case] = [(16, 3, 5, 2), (16, 4, 4, -1, -2, 16), (16, 2, 2, 4, -2, -1, -3, 16)]
+    scripts += [(8, 2, 2, 2, 2, -3, -2, 4), (16, 4, 4, 4, -2, -3, 8), (8, 1, 1, 1, 1, -2, -3, 2, -1, 2)]
+    scripts += [_script(random) for _ in range(6)]
+    ends = [(script, end) for script in scripts for end in range(2, len(script) + 1) if is_take(script[end - 1])]
+    cases = tuple(dict.fromkeys(script[:end] for script, end in ends))
     wrong = {
-        "never merged: freed runs must join their buddy, or the pool stays in pieces": NeverMerges,
-        "merged once only: the merged run may have a free buddy too; go on": MergesOnce,
-        "never split: cut a run that is too long in halves until it fits": NeverSplits,
-        "largest run taken: take the smallest that is long enough, and keep long runs whole": TakesLargest,
-        "neighbour taken for buddy: the buddy is start ^ length; two neighbours need not stem from one run":
+        "never merged: freed stretches must join their buddy, or the pool stays in pieces": NeverMerges,
+        "merged once only: the merged stretch may have a free buddy too; go on": MergesOnce,
+        "never split: cut a stretch that is too long in halves until it fits": NeverSplits,
+        "largest stretch taken: take the smallest that is long enough, and keep long ones whole": TakesLargest,
+        "neighbour taken for buddy: the buddy is start ^ length; two neighbours need not stem from one stretch":
             MergesNeighbours,
+        "rounded down: the next power of two is the one above, for 3 places 4": SplitsTooFar,
+        "not rounded: hand out all of what was split off; `free` sees no other length": HandsOutSize,
+        "not rounded when taken: hand out all of what was split off, a power of two": RoundsWhenFreed,
         "upper half kept: keep the lower half and give the upper one back, as the engine does": KeepsUpperHalf,
     }  # fmt: skip
-    question = "Write the class: take(size) hands out a run of the next power of two, free(run) takes it back."
-    return CodeProblem(question, STUB, reference, tuple(cases), named(wrong), run_heap)
+    question = (
+        "Write the class: take(size) hands out a stretch of the next power of two, free(stretch) takes it back. A case "
+        "is the number of places, then a size for each take, and −1, −2, ... where the first, second, ... is freed."
+    )
+    return CodeProblem(question, STUB, reference, cases, named(wrong), run_heap)
 
 
 def _script(random: Random) -> Case:

@@ -10,6 +10,7 @@ from minivllm.course.exercises.place import Place
 
 ALLOCATORS = "minivllm.engine.allocators"
 CAPACITY = "minivllm.course.calculators.capacity"
+HALF_A_DECIMAL = 0.0501  # percent: 3.1 for 3.05
 
 
 def longest_reservations(random: Random, facts: Facts) -> Problem:
@@ -32,12 +33,13 @@ def longest_reservations(random: Random, facts: Facts) -> Problem:
         "share of what is reserved: divide by the pool": 100 * (slots % longest) / (fit * longest),
     }
     question = (
-        f"A pool of {slots:,} slots; every request reserves max_model_len = {longest:,} slots in one run. How many "
-        "requests fit, and what percent of the pool is left over, useless for another? Give a list of two."
+        f"A pool of {slots:,} slots; every request reserves max_model_len = {longest:,} slots in one stretch. How many "
+        "requests fit, and what percent of the pool is left over, useless for another? One decimal is enough for the "
+        "percent. Give a list of two."
     )
     parts = (
         Part(fit, named(slips), "requests", label="requests"),
-        Part(left, named(slips_left), "%", label="left over"),
+        Part(left, named(slips_left), "%", label="left over", share=max(0.01, HALF_A_DECIMAL / max(left, 1))),
     )
     working = (*worked.derivation, *worked.parts["left_over"].derivation)
     return Problem(question, parts, working, {"num_slots": slots, "max_model_len": longest})
@@ -51,7 +53,7 @@ def slots_of_memory(random: Random, facts: Facts) -> Problem:
     slips = {
         "GB for GiB": int(gib * 1e9 // per_token),
         "rounded up: part of a slot holds no token": answer + 1,
-        "missing factor 2": answer // 2,
+        "K and V counted twice: the bytes of a token hold both already": answer // 2,
         "bits for bytes": answer * 8,
         "blocks for slots": answer // 16,
     }
@@ -107,7 +109,7 @@ def spread_where_paging_gains_little(random: Random, facts: Facts) -> Problem:
 
 EXERCISES = (
     Exercise("04.1", "Every request reserves the longest", (
-        "A reservation is one run; only whole ones help.",
+        "A reservation is one stretch; only whole ones help.",
         "⌊slots / max_model_len⌋ requests; what remains is smaller than one of them.",
         "percent = 100 × (1 − requests × max_model_len / slots).",
     ), Place(ALLOCATORS, "whole_context"), longest_reservations),
@@ -117,9 +119,9 @@ EXERCISES = (
         "Only whole slots count: round down.",
     ), Place(CAPACITY, "tokens_in_pool"), slots_of_memory),
     Exercise("04.3", "Split and merge buddies", (
-        "Free runs have lengths 2^k. Take the smallest that is long enough; of those the lowest.",
-        "Too long? Give its upper half back to the free runs and go on with the lower one, until it fits.",
-        "A run's buddy starts at start ^ length. If it is free, take it out, and go on with both as one run.",
+        "Free stretches have lengths 2^k. Take the smallest that is long enough; of those the lowest.",
+        "Too long? Give its upper half back to the free ones and go on with the lower one, until it fits.",
+        "A buddy starts at start ^ length. If it is free, take it out, and go on with both as one stretch.",
     ), Place(ALLOCATORS, "Buddies"), buddy_heap),
     Exercise("04.4", "Turn the bar round", (
         "Live slots = live share × all slots.",

@@ -116,6 +116,8 @@ def share_of_peak(random: Random, facts: Facts) -> Problem:
         "time upside down: rate = bytes / time": 1e4 / answer,
         "share of 1 for percent: multiply by 100": answer / 100,
         "one request": answer / batch,
+        "µs taken for ms: 1 µs is 10^-6 s": answer / 1000,
+        "µs taken for ns: 1 µs is 10^-6 s": answer * 1000,
     }
     slips_gain = {
         "kernel's slowdown for the step's: attention is only a part of the step": factor / (1 + slower / 100),

@@ -42,12 +42,17 @@ def _multiplied(q: list[float], k_tile: list[list[float]], start: int, num_token
     return [dot(q, k) * (start + i < num_tokens) for i, k in enumerate(k_tile)]
 
 
+def _divided_by_root(q: list[float], k_tile: list[list[float]], start: int, num_tokens: int) -> list[float]:
+    return [score / math.sqrt(len(q)) for score in masked_scores(q, k_tile, start, num_tokens)]
+
+
 MASK_SLIPS: dict[str, object] = {
     "no mask: the last block is only partly filled; rows beyond num_tokens hold garbage": _unmasked,
     "score 0 for −inf: e^0 = 1 is a weight; only −inf has weight 0": _zero_score,
     "one token too many: tokens are counted from 0, so the last one is num_tokens − 1": _one_too_many,
     "counted from the tile's start: row i of the tile is token start + i": _start_forgotten,
     "mask multiplied: garbage × 0 is NaN where the garbage is NaN or infinite; choose instead": _multiplied,
+    "divided by √d: the plain dot product is asked for; the kernel divides q beforehand": _divided_by_root,
 }
 
 
@@ -199,10 +204,38 @@ def _scales_output_only(parts: list[State]) -> list[float]:
     return [sum(o[j] * math.exp(m - peak) for m, _, o in parts) / total for j in range(len(parts[0][2]))]
 
 
+def _weighed(weight: Callable[[float, float], float]) -> Callable[[list[State]], list[float]]:
+    """Outputs weighed as if each were divided already; `weight` is of a part's maximum and sum."""
+
+    def merge_weighed(parts: list[State]) -> list[float]:
+        weights = [weight(m, total) for m, total, _ in parts]
+        size = len(parts[0][2])
+        return [sum(w * o[j] for w, (_, _, o) in zip(weights, parts, strict=True)) / sum(weights) for j in range(size)]
+
+    return merge_weighed
+
+
+def _by_log_sum(m: float, total: float) -> float:
+    return math.exp(m) * total
+
+
+def _by_maximum(m: float, total: float) -> float:
+    return math.exp(m)
+
+
 MERGE_SLIPS: dict[str, object] = {
     "sums added": _merged(lambda m, peak: 1.0),
     "outputs averaged": _averages,
     "scaled by the wrong sign": _merged(lambda m, peak: math.exp(peak - m)),
     "never divided: divide by the merged sum, once": _merged(lambda m, peak: math.exp(m - peak), divides=False),
     "sums not rescaled: outputs shrink with their maximum, and so do the sums": _scales_output_only,
+    "outputs taken for divided: the kernel's stored parts are, and weighed by log-sum; here o is not": _weighed(
+        _by_log_sum
+    ),
+    "maximum taken for log-sum: the third number is not divided, and l counts too: scale both by e^(m_i − m)": _weighed(
+        _by_maximum
+    ),
+    "2 for e: the kernel counts in powers of two; m and l of these parts belong to e": _merged(
+        lambda m, peak: 2 ** (m - peak)
+    ),
 }
