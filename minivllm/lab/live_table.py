@@ -26,8 +26,10 @@ class Follower(Protocol):
 
 
 def resized(llm: LLM, block_size: int, num_slots: int) -> LLM:
-    """Another engine on the same weights, with a pool of its own: `num_slots` in blocks of another size."""
-    config = replace(llm.config, block_size=block_size, num_blocks=1 + num_slots // block_size)
+    """Another engine on the same weights, with a pool of its own: `num_slots`, in whole blocks of another size."""
+    num_blocks = num_slots // block_size
+    longest = min(llm.config.max_model_len, num_blocks * block_size)
+    config = replace(llm.config, block_size=block_size, num_blocks=1 + num_blocks, max_model_len=longest)
     other = copy.copy(llm)
     other.storage = KVStorage(llm.model_config, config.num_blocks, block_size, llm.device, 0, llm.storage.groups)
     other.runner = ModelRunner(llm.runner.model, llm.model_config, other.storage, llm.device, limits_of(config))
