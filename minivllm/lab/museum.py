@@ -171,7 +171,7 @@ _FAULTS = (
     Fault(
         "published before computed",
         "A block is cached when its tokens are known, before their K and V are stored.",
-        "planted", "I5", 2000,
+        "planted", "I5", 4000,
         ((KVManager, "publish", mutants.publish_before_computed),), CACHED,
     ),
     Fault(
