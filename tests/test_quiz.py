@@ -447,3 +447,12 @@ def test_a_picture_is_a_function_of_the_round() -> None:
     round_ = started("A", 2)
     assert cards_picture(round_, "") == cards_picture(round_, "")
     assert cards_picture(quiz.answer(round_, "q", NOW)[0], "bye")["kind"] == "ended"
+
+
+@pytest.mark.parametrize("learner_seed", range(40))
+def test_other_numbers_are_other_numbers(learner_seed: int) -> None:
+    round_, _ = quiz.begin(Progress(learner_seed=learner_seed), datetime.now(UTC), ids=("A2.num",))
+    for _ in range(5):
+        before = round_.problem.ask
+        round_, _ = quiz.answer(round_, "r", datetime.now(UTC))
+        assert round_.problem.ask != before

@@ -18,6 +18,7 @@ from minivllm.course.spacing import AGAIN, EASY, GOOD, HARD, reviewed
 
 Stage = Literal["asked", "ticking", "ended"]
 MOST_TRIES = 2
+MOST_REDRAWS = 50
 HELP = "Commands: ? shows the answer, r draws other numbers, s skips the card, q ends the round."
 
 
@@ -70,11 +71,17 @@ def answer(round_: Round, line: str, now: datetime) -> tuple[Round, str]:
         case "s":
             return _next(round_, "Skipped.", is_reviewed=False)
         case "r" if round_.card.is_numeric:
-            redrawn = replace(round_, num_redraws=round_.num_redraws + 1, num_tries=0)
+            redrawn = _redrawn(round_)
             return redrawn, shown(redrawn)
     if round_.stage == "ticking":
         return _ticked(round_, text, now)
     return _number(round_, text, now) if round_.card.is_numeric else _words(round_)
+
+
+def _redrawn(round_: Round) -> Round:
+    """Other numbers: those just seen may be drawn again, and are passed over."""
+    nexts = (replace(round_, num_redraws=round_.num_redraws + i, num_tries=0) for i in range(1, MOST_REDRAWS))
+    return next((other for other in nexts if other.problem.ask != round_.problem.ask), round_)
 
 
 def shown(round_: Round) -> str:
