@@ -613,3 +613,28 @@ def test_broken_generation_config_is_one_line(reference_model: Build, tmp_path: 
     with pytest.raises(ModelError, match=r"generation_config.json' .*: download it again, or remove it$") as caught:
         tiny(tmp_path, load_format="dummy")
     assert "\n" not in str(caught.value)
+
+
+WITHOUT_TRITON = """
+import importlib.util, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+sys.meta_path.insert(0, Missing())
+from minivllm import LLM, SamplingParams
+llm = LLM("tiny-hybrid", load_format="dummy", num_blocks=60, show_progress=False, device="cpu")
+[output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+print(len(output.outputs[0].token_ids))
+"""
+
+
+def test_a_machine_without_triton_runs_the_engine() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert (run.stdout.strip(), run.returncode) == ("4", 0), run.stderr[-2000:]

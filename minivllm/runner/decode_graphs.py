@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from minivllm.runner.kernel_sampler import KernelSampler
 from minivllm.runner.step_buffers import StepBuffers
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # both import triton, which a CPU has not; memory.py asks this file for sizes on any machine
     from minivllm.models.fused_llama import FusedLlama
+    from minivllm.runner.kernel_sampler import KernelSampler
 
 
 class Graph(Protocol):
@@ -36,7 +36,9 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 class DecodeSteps:
     """Computes the logits and tokens of single queries that StepBuffers holds."""
 
-    def __init__(self, model: "FusedLlama", buffers: StepBuffers, sampler: KernelSampler, logits: torch.Tensor) -> None:
+    def __init__(
+        self, model: "FusedLlama", buffers: StepBuffers, sampler: "KernelSampler", logits: torch.Tensor
+    ) -> None:
         self.sizes = batch_sizes(len(logits))
         self.graphs: dict[int, Graph] = {}
         self._model, self._buffers, self._sampler, self._logits = model, buffers, sampler, logits
