@@ -5,7 +5,7 @@ holds; of the others it says what they would take. Below it, the pool, cut into 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from minivllm.course.calculators import decimal_and_binary, max_concurrency
@@ -21,8 +21,8 @@ from minivllm.views.sketch import (
     Mark,
     SketchPicture,
     Words,
-    accepted,
     ink_for,
+    with_control,
 )
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
@@ -86,8 +86,7 @@ class EnvironmentCard(SketchView):
         return draw(self._cards, self._controls)
 
     def _moved(self, control: str, value: object) -> None:
-        known = accepted(controls(self._cards, self._controls), control, value)
-        self._controls = replace(self._controls, **{control: str(known)})
+        self._controls = with_control(self._controls, controls(self._cards, self._controls), control, value)
 
 
 def mode_of(facts: Facts) -> str:

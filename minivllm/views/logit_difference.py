@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivllm.errors import MiniVLLMError
-from minivllm.views.sketch import WIDTH_PX, Box, Choice, Dot, Key, Line, Mark, SketchPicture, Words, accepted, seek
+from minivllm.views.sketch import WIDTH_PX, Box, Choice, Dot, Key, Line, Mark, SketchPicture, Words, seek, with_control
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.theme import OWNER_COLOURS, clipped, counted, visible
@@ -86,7 +86,7 @@ class LogitDifference(SketchView):
         if control == "step":
             self._controls = replace(self._controls, step=seek(picture["steps"], value))
         else:
-            self._controls = replace(self._controls, pair=str(accepted(picture["controls"], control, value)))
+            self._controls = with_control(self._controls, picture["controls"], control, value)
 
 
 def measure(name: str, one: Logits, other: Logits) -> list[Difference]:

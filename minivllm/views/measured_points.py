@@ -6,14 +6,14 @@ Titles and the text twin give a step's best time, launched at once where that wa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, floor, log10
 from typing import Protocol
 
 from minivllm.course.calculators.units import plain, shown
 from minivllm.errors import MiniVLLMError
-from minivllm.views.sketch import WIDTH_PX, Choice, Control, Dot, Key, Line, Mark, SketchPicture, Words, accepted
+from minivllm.views.sketch import WIDTH_PX, Choice, Control, Dot, Key, Line, Mark, SketchPicture, Words, with_control
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.step_work import ms
@@ -112,8 +112,7 @@ class MeasuredPoints(SketchView):
         return draw(self._controls, self._sweeps[self._controls.sweep], list(self._sweeps))
 
     def _moved(self, control: str, value: object) -> None:
-        known = {control: accepted(controls(self._controls, list(self._sweeps)), control, value)}
-        self._controls = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
+        self._controls = with_control(self._controls, controls(self._controls, list(self._sweeps)), control, value)
 
 
 def draw(chosen: PointsControls, sweep: MeasuredSweep, names: Sequence[str]) -> PointsPicture:

@@ -21,7 +21,7 @@ from minivllm.events import BlocksReleased, Finished, StepRan, Waited
 from minivllm.trace import Trace
 from minivllm.views.block_map_picture import provenance
 from minivllm.views.memory_strip_picture import Refused, Segment, StripControls, StripPicture, StripState, draw
-from minivllm.views.sketch import accepted, seek
+from minivllm.views.sketch import seek, with_control
 from minivllm.views.sketch_view import SketchView
 from minivllm.views.waste_bars import WasteBars
 
@@ -164,7 +164,7 @@ class MemoryStrip(SketchView):
             is_last = picture["steps"] is not None and step == picture["steps"][1]
             self._controls = replace(self._controls, step=None if is_last else step)
             return
-        self._controls = replace(self._controls, run=str(accepted(picture["controls"], control, value)))
+        self._controls = with_control(self._controls, picture["controls"], control, value)
 
 
 def _ends(trace: Trace) -> Mapping[str, list[tuple[int, int]]]:

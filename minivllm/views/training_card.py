@@ -6,7 +6,7 @@ over the ridge; decode has one, however long its text.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log10
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from minivllm.views.sketch import (
     SketchPicture,
     Slider,
     Words,
-    accepted,
+    with_control,
 )
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
@@ -95,8 +95,7 @@ class TrainingCard(SketchView):
         return draw(self._controls, chosen, self._lengths)
 
     def _moved(self, control: str, value: object) -> None:
-        known = {control: accepted(controls(self._controls, self._lengths), control, value)}
-        self._controls = replace(self._controls, **known)  # type: ignore[arg-type]  # one of the control's own values
+        self._controls = with_control(self._controls, controls(self._controls, self._lengths), control, value)
 
 
 def draw(chosen: CardControls, passes: dict[str, CountedPass], lengths: Sequence[int]) -> CardPicture:

@@ -24,8 +24,8 @@ from minivllm.views.sketch import (
     SketchPicture,
     Slider,
     Words,
-    accepted,
     ink_for,
+    with_control,
 )
 from minivllm.views.sketch import table as text_table
 from minivllm.views.sketch_view import SketchView
@@ -124,9 +124,8 @@ class WasteBars(SketchView):
         return Column(allocator, shares, trace.last_step, published, self._names.get(allocator, ""))
 
     def _moved(self, control: str, value: object) -> None:
-        known = accepted(controls(self._controls), control, value)
-        chosen = replace(self._controls, **{control: known})  # type: ignore[arg-type]  # one of the control's values
-        if control == "lengths" and known == "equal":
+        chosen = with_control(self._controls, controls(self._controls), control, value)
+        if control == "lengths" and chosen.lengths == "equal":
             chosen = replace(chosen, spread=0, max_model_len=MAX_MODEL_LENS[0])
         elif control == "lengths":
             chosen = replace(chosen, spread=100, max_model_len=WasteControls.max_model_len)
