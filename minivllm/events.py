@@ -237,12 +237,32 @@ class StepRan(Event):
     state_hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class StepCosted(Event):
+    """What a step had to move and to do, told after its StepRan where somebody keeps a ledger (lab/ledger.py).
+
+    Bytes of weights, of K and V, of logits; the least time that they and the FLOPs take at the machine's rates.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    logit_bytes: int
+    flops: int
+    floor_ms: float
+    run_ms: float  # measured: from the step's launch, or the end of the one before, until its tokens were there
+
+    @property
+    def remainder_ms(self) -> float:
+        """What the floor does not explain."""
+        return self.run_ms - self.floor_ms
+
+
 KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
         Added, Waited, PrefixHit, Admitted, Evicted, BlocksTaken, BlockCached, BlocksReleased, Preempted, Finished,
         Refused, StepRan, Forked, BlockCopied, BlockExchanged, BlocksReserved, BlocksDropped, SwappedOut, SwappedIn,
-        Pinned, Unpinned,
+        Pinned, Unpinned, StepCosted,
     )
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ STATES = (
     "preempted held", "swapped", "swapped held",
 )  # fmt: skip
 MUST_SEE = (
-    *KINDS,
+    *(kind for kind in KINDS if kind != "StepCosted"),  # told by a listener, never by the engine
     *(f"{name} {choice}" for name, choices in CHOICES.items() for choice in choices),
     *(f"{what} {state}" for what in ("abort", "fork") for state in STATES),
     *(f"Waited {reason}" for reason in ("no_seat", "no_budget", "no_blocks", "just_preempted", "batch_runs")),

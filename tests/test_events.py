@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from minivllm.errors import MiniVLLMError
-from minivllm.events import KINDS, Admitted, Event, EventBus, Evicted, Preempted, Refused, StepRan
+from minivllm.events import KINDS, Admitted, Event, EventBus, Evicted, Preempted, Refused, StepCosted, StepRan
 from minivllm.lab.fake_runner import fake_engine, fake_request
 from minivllm.trace import Trace
 
@@ -49,6 +49,7 @@ def record_policies() -> Trace:
         if engine.config.prefix_cache == "radix":
             engine.pins.pin("system", [*range(6)])
             engine.pins.unpin("system")
+        engine.events.emit(StepCosted(engine.scheduler.step, 1, 2, 3, 4, 0.5, 2.0))  # as a ledger that listens would
     return trace
 
 

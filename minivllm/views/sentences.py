@@ -17,6 +17,7 @@ from minivllm.events import (
     Preempted,
     PrefixHit,
     Refused,
+    StepCosted,
     StepRan,
     SwappedIn,
     SwappedOut,
@@ -82,8 +83,9 @@ def _words(event: Event) -> str:
             rest = f"and its {stored} wait on the host" if how == "swap" else f"and must compute {stored} again"
             return f"{_name(request_id)} was preempted, because {because}, {rest}"
         case Forked(request_id=request_id, parent_id=parent_id, block_ids=ids):
-            shared = f"shares {blocks(ids)}" if ids else "waits for a seat"
-            return f"{_name(request_id)} forked off {_name(parent_id)} and {shared}"
+            return f"{_name(request_id)} forked off {_name(parent_id)} and " + (
+                f"shares {blocks(ids)}" if ids else "waits for a seat"
+            )
         case BlockCopied(request_id=request_id, source_id=source_id, block_id=block_id):
             return f"{_name(request_id)} copied block {source_id} to block {block_id} before writing"
         case BlockExchanged(request_id=request_id, block_id=block_id, cached_id=cached_id):
@@ -105,8 +107,11 @@ def _words(event: Event) -> str:
         case Refused(request_id=request_id, reason=reason):
             return f"{_name(request_id)} was refused: {clipped(reason, 80)}"
         case StepRan(scheduled=scheduled):
-            num_new = sum(new for _, new, _ in scheduled)
-            return f"ran {counted(num_new, 'token')} of {counted(len(scheduled), 'request')}"
+            return (
+                f"ran {counted(sum(new for _, new, _ in scheduled), 'token')} of {counted(len(scheduled), 'request')}"
+            )
+        case StepCosted(run_ms=run_ms, floor_ms=floor_ms):
+            return f"took {run_ms:.3g} ms, of which {min(1, floor_ms / run_ms):.0%} is the floor"
     return ""
 
 
