@@ -83,9 +83,8 @@ def _words(event: Event) -> str:
             rest = f"and its {stored} wait on the host" if how == "swap" else f"and must compute {stored} again"
             return f"{_name(request_id)} was preempted, because {because}, {rest}"
         case Forked(request_id=request_id, parent_id=parent_id, block_ids=ids):
-            return f"{_name(request_id)} forked off {_name(parent_id)} and " + (
-                f"shares {blocks(ids)}" if ids else "waits for a seat"
-            )
+            shared = f"shares {blocks(ids)}" if ids else "waits for a seat"
+            return f"{_name(request_id)} forked off {_name(parent_id)} and {shared}"
         case BlockCopied(request_id=request_id, source_id=source_id, block_id=block_id):
             return f"{_name(request_id)} copied block {source_id} to block {block_id} before writing"
         case BlockExchanged(request_id=request_id, block_id=block_id, cached_id=cached_id):
@@ -106,13 +105,17 @@ def _words(event: Event) -> str:
             return f"{_name(request_id)} finished ({clipped(reason, 24)}) with {counted(num_output, 'output token')}"
         case Refused(request_id=request_id, reason=reason):
             return f"{_name(request_id)} was refused: {clipped(reason, 80)}"
-        case StepRan(scheduled=scheduled):
-            return (
-                f"ran {counted(sum(new for _, new, _ in scheduled), 'token')} of {counted(len(scheduled), 'request')}"
-            )
-        case StepCosted(run_ms=run_ms, floor_ms=floor_ms):
-            return f"took {run_ms:.3g} ms, of which {min(1, floor_ms / run_ms):.0%} is the floor"
+        case StepRan() | StepCosted():
+            return _words_of_step(event)
     return ""
+
+
+def _words_of_step(event: StepRan | StepCosted) -> str:
+    if isinstance(event, StepCosted):
+        share = f"{min(1, event.floor_ms / event.run_ms):.0%}" if event.run_ms else "nothing"
+        return f"took {event.run_ms:.3g} ms, of which {share} is the floor"
+    num_new = sum(new for _, new, _ in event.scheduled)
+    return f"ran {counted(num_new, 'token')} of {counted(len(event.scheduled), 'request')}"
 
 
 def _layers(group: int) -> str:
