@@ -39,9 +39,10 @@ class LLM:
     `model` is an alias (smollm2-135m), a folder, a Hugging Face id, or with load_format="dummy" a built-in config.
     `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright, `swap_space` GiB of host memory
     for preemption by swap; `batch_invariant` makes every bit of an answer independent of the batch (CPU). On a GPU the
-    pool takes what `gpu_memory_utilization` of its memory leaves when nothing else says, and `enforce_eager=True` runs
-    decode steps without CUDA graphs; a CPU accepts both, and they do nothing there. The policies are fields of
-    EngineConfig: batching, allocator ... Raises ModelError and ConfigError, one line each.
+    pool takes what `gpu_memory_utilization` of its memory leaves when nothing else says, steps are launched before the
+    last one's tokens are read (`async_scheduling`), and `enforce_eager=True` turns this and CUDA graphs off; a CPU
+    accepts all three, and they do nothing there. The policies are fields of EngineConfig: batching, allocator ...
+    Raises ModelError and ConfigError, one line each.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class LLM:
         show_progress: bool = True,
         enforce_eager: bool = False,
         gpu_memory_utilization: float = 0.9,
+        async_scheduling: bool | None = None,
         **policies: Unpack[Policies],
     ) -> None:
         refuse_unknown(policies, LLM.__init__)
         sizes = {"max_model_len": max_model_len, "num_blocks": num_blocks, "kv_cache_memory": kv_cache_memory}
         require_integers(**sizes, block_size=block_size, seed=seed)
         wished = Sizes(block_size, max_model_len, num_blocks, kv_cache_memory, swap_space)
-        gpu = GpuOptions(enforce_eager, gpu_memory_utilization)
+        gpu = GpuOptions(enforce_eager, gpu_memory_utilization, async_scheduling)
         source = find_model(model, load_format, show_progress)
         self.model, self.seed = source.name, seed
         self.device = choose_device(device)
@@ -215,6 +217,7 @@ class LLM:
             "layer_groups": self.storage.groups.layers,
             "group_windows": config.group_windows,
             "num_host_blocks": config.num_host_blocks,
+            "async_scheduling": self.runner.is_async,
             "num_kv_heads": model.cache_entry[1],
             "head_size": model.cache_entry[2],
             **{name: getattr(config, name) for name in (*LIMITS, *CHOICES)},

@@ -141,7 +141,8 @@ class Request:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
-    num_computed: int = 0  # tokens whose K and V are stored
+    num_computed: int = 0  # tokens whose K and V are stored, or will be by the steps that are launched
+    num_promised: int = 0  # tokens that launched steps will choose: nobody knows them yet
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0
     status: Status = Status.WAITING
@@ -167,12 +168,38 @@ class Request:
         return len(self.token_ids)
 
     @property
+    def num_expected(self) -> int:
+        """Known and promised tokens."""
+        return len(self.token_ids) + self.num_promised
+
+    @property
+    def num_booked(self) -> int:
+        """Computed tokens that are known: a launched step may compute a promised one."""
+        return min(self.num_computed, len(self.token_ids))
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that the next step has to compute; 0 where the promised token will be the last."""
+        is_last = self.num_promised and self.num_output + self.num_promised >= self.max_tokens
+        return 0 if is_last else len(self.token_ids) + self.num_promised - self.num_computed
+
+    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
+
+    def end_reason(self, token_id: int, eos_token_ids: Sequence[int]) -> str | None:
+        """Why its last token ends the request; None if it does not."""
+        params, num_output = self.params, self.num_output
+        if num_output >= params.min_tokens:
+            if not params.ignore_eos and token_id in eos_token_ids:
+                return "stop"
+            if params.stop_token_ids and token_id in params.stop_token_ids:
+                return "stop"
+        return "length" if num_output >= self.max_tokens else None
 
     @property
     def is_finished(self) -> bool:

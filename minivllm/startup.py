@@ -38,10 +38,13 @@ class GpuOptions:
 
     enforce_eager: bool
     gpu_memory_utilization: float
+    async_scheduling: bool | None  # None: unless enforce_eager
 
     def __post_init__(self) -> None:
         if not isinstance(self.enforce_eager, bool):
             raise ConfigError(f"enforce_eager must be True or False, not {self.enforce_eager!r}")
+        if not isinstance(self.async_scheduling, bool | None):
+            raise ConfigError(f"async_scheduling must be True, False or None, not {self.async_scheduling!r}")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
@@ -71,6 +74,7 @@ def start(
     with memory_for(f"a KV pool of {config.num_blocks} blocks: lower kv_cache_memory or num_blocks"):
         storage = KVStorage(model, config.num_blocks, config.block_size, device, config.num_host_blocks, groups)
         runner = ModelRunner(built, model, storage, device, limits)
+    runner.schedules_ahead = not gpu.enforce_eager if gpu.async_scheduling is None else gpu.async_scheduling
     if device == "cuda" and not gpu.enforce_eager:
         figure = f"lower gpu_memory_utilization ({gpu.gpu_memory_utilization:g}) or max_num_seqs"
         with memory_for(f"the graphs of decode steps: {figure}, or set enforce_eager=True"):

@@ -141,6 +141,7 @@ class TextEngine:
             if index is None or not 0 <= index < len(generation.samples):
                 raise RequestError(f"fork: sample {index} is not one of the {len(generation.samples)} there are")
             sample = generation.samples[index]
+            self.catch_up()
             number, request_id = self._named(request_id)
             request = self.engine.fork(sample.request.id, request_id, self._seed_of(number) if seed is None else seed)
             child = Generation(request_id, generation.prompt, [sample.fork(request)], self.tokenizer, on_update)
@@ -161,26 +162,12 @@ class TextEngine:
             except Exception as error:
                 self._drop_failed(error)
                 return
-            result = self.engine.last_result
-            for request_id, (first, judged) in result.prompt_logprobs.items():
-                known = self._generations[request_id].prompt_logprobs
-                known.extend(judged[max(0, len(known) - first) :])  # a recomputed prompt is judged again
-            touched: dict[Generation, None] = {}  # once each, however many of its samples got a token
-            for request in advanced:
-                if request.is_steered:
-                    self.steerers[request.id].take(request, result.logprobs[request.id][0])
-                    continue
-                generation = self._generations[request.id]
-                touched[generation] = None
-                samples = generation.samples
-                sample = samples[0] if len(samples) == 1 else next(s for s in samples if s.request is request)
-                if request.id in result.logprobs:
-                    sample.logprobs.extend(result.logprobs[request.id])
-                stop = sample.find_stop()
-                if stop is not None:
-                    self._end_at_stop_string(request, stop)
-            for generation in touched:
-                self._settle(generation)
+            self._deliver(advanced)
+
+    def catch_up(self) -> None:
+        """Wait for the step that is under way, if one is, and deliver its tokens."""
+        with self.lock:
+            self._deliver(self.engine.catch_up())
 
     def abort(self, generation: Generation) -> None:
         """Drop what is left of a request; its blocks are free when this returns."""
@@ -265,6 +252,30 @@ class TextEngine:
     def _end_at_stop_string(self, request: Request, stop: str) -> None:
         if not self.engine.finish(request.id, "stop", stop):
             request.finish_reason, request.stop_reason = "stop", stop  # its last token also met another limit
+
+    def _deliver(self, advanced: list[Request]) -> None:
+        """Give the last result's tokens to those who own them."""
+        result = self.engine.last_result
+        for request_id, (first, judged) in result.prompt_logprobs.items():
+            if request_id in self._generations:  # else it was dropped meanwhile
+                known = self._generations[request_id].prompt_logprobs
+                known.extend(judged[max(0, len(known) - first) :])  # a recomputed prompt is judged again
+        touched: dict[Generation, None] = {}  # once each, however many of its samples got a token
+        for request in advanced:
+            if request.is_steered:
+                self.steerers[request.id].take(request, result.logprobs[request.id][0])
+                continue
+            generation = self._generations[request.id]
+            touched[generation] = None
+            samples = generation.samples
+            sample = samples[0] if len(samples) == 1 else next(s for s in samples if s.request is request)
+            if request.id in result.logprobs:
+                sample.logprobs.extend(result.logprobs[request.id])
+            stop = sample.find_stop()
+            if stop is not None:
+                self._end_at_stop_string(request, stop)
+        for generation in touched:
+            self._settle(generation)
 
     def _settle(self, generation: Generation) -> None:
         for sample in generation.samples:

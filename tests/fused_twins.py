@@ -16,12 +16,17 @@ from minivllm_kernels.reference import (
 def use_twins(patch: pytest.MonkeyPatch) -> None:
     """Put the twins in the kernels' places, arguments and all."""
     fused = "minivllm.models.fused_llama."
-    kernels = (rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store, row_product)
+    kernels = (embed, rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store, row_product)
     for kernel in kernels:
         patch.setattr(fused + kernel.__name__, kernel)
     patch.setattr(fused + "fastest_decode", lambda *_: decode)
     patch.setattr(fused + "fastest_attention", lambda *_: attention)
     patch.setattr("minivllm.runner.kernel_sampler.sample_rows", sample_rows)
+
+
+def embed(token_ids: torch.Tensor, chosen: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    known = [token if token >= 0 else int(chosen[-1 - token]) for token in token_ids.tolist()]
+    out.copy_(table[known])
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float) -> None:

@@ -41,11 +41,12 @@ MUST_SEE = (
     *(f"Admitted {reason}" for reason in ("fits", "alone", "new_batch", "swapped_in")),
     *(f"Preempted {why}" for why in ("no_blocks", "itself", "held", "recompute", "swap")),
     *(f"evicted by {policy}" for policy in CHOICES["eviction_policy"]),
-    "abort in a step", "chunk", "chunk beside decode", "companion", "copy of a part", "copy of a tail",
-    "duplicate block", "end length", "end stop", "end stop token", "exchange with an idle one", "failed step",
+    "a token too many", "abort in a step", "chunk", "chunk beside decode", "companion", "copy of a part",
+    "copy of a tail", "duplicate block", "end length", "end stop", "end stop token", "exchange with an idle one", "failed step",
     "fork outside a window", "fork without a seat", "hit after preemption", "hit beside a window", "host full",
     "lingering", "lingering cleared under pressure", "others unharmed", "overtaken", "part given up", "partial hit",
-    "pin refused", "prompt logprobs", "reset", "reset refused", "salted hit", "samples", "stop string",
+    "pin refused", "prompt logprobs", "reset", "reset refused", "salted hit", "samples", "short with a step under way",
+    "stop string",
 )  # fmt: skip
 
 

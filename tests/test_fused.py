@@ -175,30 +175,29 @@ def test_samples_are_the_same_alone_and_in_any_batch_with_graphs_and_without(
 
 
 def drive(llm: LLM) -> list[object]:
-    """A life with prefix hits, preemption, forks, aborts and stop strings; everything that came out."""
-    seen: list[object] = []
+    """A life with prefix hits, preemption, forks and aborts; everything that came out."""
     engine = llm.text_engine
     first = [*range(3, 40)]
     params = SamplingParams(temperature=0.6, seed=5, max_tokens=24, ignore_eos=True)
     hot = [engine.add(engine.check([*first, 40 + i]), params) for i in range(4)]
     cold = engine.add(engine.check(first[:20]), SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
-    for number in range(70):
+    leader = hot[0].samples[0].request
+    while not all(g.is_finished for g in (*hot, cold)):
         engine.step()
-        if number == 6:
+        if leader.num_output + leader.num_promised >= 7 and len(hot) == 4:
             engine.abort(hot[1])
-            hot.append(engine.fork(hot[0], seed=11))
-        if number == 9:
+            hot.append(engine.fork(hot[0], seed=11))  # waits for the token that is promised
+            assert leader.num_output == 7
             hot.append(engine.add(engine.check(first), SamplingParams(temperature=0, n=1, max_tokens=9)))
-        seen.append([len(g.samples[0].request.token_ids) for g in (*hot, cold)])
-        if all(g.is_finished for g in (*hot, cold)):
-            break
     preempted = sum(sample.request.num_preemptions for g in (*hot, cold) for sample in g.samples)
     assert preempted > 0 and hot[-1].output().num_cached_tokens > 0
-    return [*seen, *([list(s.request.token_ids) for s in g.samples] for g in (*hot, cold))]
+    return [[list(s.request.token_ids) for s in g.samples] for g in (hot[0], *hot[2:], cold)]
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_graphs_and_eager_agree_over_a_whole_life(mode: str, folders: Callable[[str], Path], fused: None) -> None:
+def test_graphs_eager_and_steps_launched_ahead_agree_over_a_whole_life(
+    mode: str, folders: Callable[[str], Path], fused: None
+) -> None:
     options: dict[str, Any] = {
         "num_blocks": 10,
         "kv_cache_memory": None,
@@ -206,8 +205,9 @@ def test_graphs_and_eager_agree_over_a_whole_life(mode: str, folders: Callable[[
         "max_model_len": 80,
     }
     options |= {"preemption_mode": mode} | ({"num_host_blocks": 16} if mode == "swap" else {})
-    lives = [drive(engine(folders("llama"), has_graphs=has_graphs, **options)) for has_graphs in (True, False)]
-    assert lives[0] == lives[1]
+    ways: tuple[dict[str, Any], ...] = ({"has_graphs": True}, {"async_scheduling": False, "has_graphs": True}, {})
+    ahead, graphs, eager = (drive(engine(folders("llama"), **way, **options)) for way in ways)
+    assert ahead == graphs == eager
 
 
 def test_a_step_that_fails_leaves_the_next_one_as_it_would_have_been(

@@ -24,14 +24,14 @@ def some_request(random: Random, number: int, limits: StepLimits) -> Request:
     length = random.randint(1, limits.max_model_len)
     params = SamplingParams(temperature=random.choice((0, 0.5, 1)))
     seed = random.choice((0, -1, 2**63 - 1, 2**64 + 5))
-    return Request(str(number), [random.randrange(1000) for _ in range(length)], length, params, 1, seed=seed)
+    return Request(str(number), [random.randrange(1000) for _ in range(length)], length, params, 99, seed=seed)
 
 
 def advance(random: Random, request: Request, limits: StepLimits, most_new: int) -> int:
     """Let a request grow its table for its next tokens; now and then a block is exchanged."""
-    if request.num_computed == request.num_tokens:
+    if request.num_computed == request.num_expected:
         request.token_ids.append(random.randrange(1000))
-    num_new = random.randint(1, min(most_new, request.num_tokens - request.num_computed))
+    num_new = random.randint(1, min(most_new, request.num_missing))
     table = request.tables[0].block_ids
     while len(table) * limits.block_size < request.num_computed + num_new:
         table.append(random.randrange(1, 5000))
@@ -41,7 +41,9 @@ def advance(random: Random, request: Request, limits: StepLimits, most_new: int)
 
 
 def assert_same(found: KernelBatch, expected: ForwardBatch) -> None:
-    for name in ("token_ids", "positions", "slots"):
+    token_ids = [token if token >= 0 else found.chosen.tolist()[-1 - token] for token in found.token_ids.tolist()]
+    assert token_ids == expected.token_ids.tolist()
+    for name in ("positions", "slots"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
     parts = [found.singles] if found.chunks is None else [found.chunks, found.singles]
     num_chunks = len(expected.num_tokens) - len(found.singles)
@@ -58,9 +60,10 @@ def assert_same(found: KernelBatch, expected: ForwardBatch) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES)
-def test_buffers_equal_the_tensors_of_the_plain_way(random: Random) -> None:
+def test_buffers_equal_the_tensors_of_the_plain_way_once_promised_tokens_are_in(random: Random) -> None:
     limits = StepLimits(random.randint(1, 9), 512, random.randint(3, 50), random.choice((1, 3, 16)))
-    buffers, alive = StepBuffers(limits, "cpu"), list[Request]()
+    chosen_ids = torch.zeros(limits.max_num_seqs, dtype=torch.int32)
+    buffers, alive, before = StepBuffers(limits, "cpu", chosen_ids), list[Request](), list[Request]()
     for number in range(12):
         alive = [request for request in alive if random.random() < 0.8 and request.num_tokens < limits.max_model_len]
         alive += [
@@ -70,6 +73,10 @@ def test_buffers_equal_the_tensors_of_the_plain_way(random: Random) -> None:
         chosen = [request for request in alive if random.random() < 0.9]
         if not chosen:
             continue
+        chosen_ids.random_(1000)
+        for request in before:
+            request.num_promised = int(request.num_computed == request.num_tokens and random.random() < 0.7)
+        promised = [(request, chosen_ids[row].item()) for row, request in enumerate(before) if request.num_promised]
         most_new = random.choice((1, 1, 40))
         plan = StepPlan(number, [(r, advance(random, r, limits, most_new)) for r in chosen], [], [])
         is_single = all(num_new == 1 for _, num_new in plan.scheduled)
@@ -82,6 +89,10 @@ def test_buffers_equal_the_tensors_of_the_plain_way(random: Random) -> None:
         order = list(range(len(chosen)))
         if padded is None:
             order.sort(key=lambda row: step.num_new[row] == 1)
+        before = list(requests)
+        for request, token_id in promised:
+            request.token_ids.append(int(token_id))
+            request.num_promised = 0
         in_order = [(step.requests[row], step.num_new[row]) for row in order]
         [expected] = build_batches(StepPlan(number, in_order, [], []), limits.block_size, "cpu")
         found = buffers.ragged(step) if padded is None else without_padding(buffers.singles(padded), len(chosen))
@@ -111,7 +122,7 @@ def without_padding(batch: KernelBatch, num_requests: int) -> KernelBatch:
 
 def test_more_changes_than_fit_go_as_a_whole_table() -> None:
     limits = StepLimits(3, 16, 200, 1)
-    buffers = StepBuffers(limits, "cpu")
+    buffers = StepBuffers(limits, "cpu", torch.zeros(3, dtype=torch.int32))
     buffers._most_changes = 5
     requests = [Request(str(i), [7] * 150, 150, SamplingParams(), 1, num_computed=149) for i in range(3)]
     for request in requests:
@@ -135,7 +146,7 @@ def test_a_request_that_leaves_is_replaced_by_the_last_and_only_that_row_is_rewr
 
 def test_integers_are_aligned_as_kernels_are_compiled_for() -> None:
     assert aligned(1) == aligned(64) == 64 and aligned(65) == 128
-    buffers = StepBuffers(StepLimits(5, 100, 40, 16), "cpu")
+    buffers = StepBuffers(StepLimits(5, 100, 40, 16), "cpu", torch.zeros(5, dtype=torch.int32))
     batch = buffers.singles(3)
     parts = (batch.token_ids, batch.positions, batch.slots, batch.singles.num_tokens, buffers.seeds)
     assert {(part.data_ptr() - buffers._words.data_ptr()) % 16 for part in parts} == {0}

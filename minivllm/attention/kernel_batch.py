@@ -20,10 +20,12 @@ class Keys:
 class KernelBatch:
     """T new tokens: those of requests that bring several, then of those that bring one, then rows of padding.
 
-    Padding has position and slot -1. Keys of both kinds begin at multiples of 16 bytes: else kernels compile anew.
+    A token id of -1 - r stands for chosen[r]: what row r of the last step chose, which nobody may have read. Padding
+    has position and slot -1. Keys of both kinds begin at multiples of 16 bytes: else kernels compile anew.
     """
 
     token_ids: torch.Tensor  # [T]
+    chosen: torch.Tensor  # [R]
     positions: torch.Tensor  # [T]
     slots: torch.Tensor  # [T] where each new token's K and V are stored
     singles: Keys  # of requests with one token, padding included

@@ -3,17 +3,32 @@
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import xxhash
 
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.pins import Pins
-from minivllm.engine.plan import Runner, StepPlan, StepResult
+from minivllm.engine.plan import Done, Launched, Launcher, Runner, StepPlan, StepResult
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
 from minivllm.events import Added, EventBus, Refused, StepRan
 from minivllm.request import Request, Status
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step that was launched and whose tokens nobody has read."""
+
+    plan: StepPlan
+    launched: Launched
+    allows_next: bool  # before its tokens are read
+    stored: tuple[tuple[str, int, int], ...]  # of each request: new tokens, tokens stored after it
+    is_heard: bool
+    started_s: float
+    planned_s: float
 
 
 class Engine:
@@ -31,10 +46,17 @@ class Engine:
         self.last_result = StepResult({})
         self._num_arrived = 0
         self._is_in_step = False
+        self._in_flight: InFlight | None = None
+        self._last_end_s = 0.0  # when the tokens of the last step were there
 
     @property
     def has_work(self) -> bool:
         return bool(self.requests)
+
+    @property
+    def plan_in_flight(self) -> StepPlan | None:
+        """The step that was launched and is not booked yet."""
+        return self._in_flight.plan if self._in_flight else None
 
     def add(self, request: Request) -> None:
         """Queue a request and the samples that are to fork off it, max_tokens cut to the room they have.
@@ -103,29 +125,29 @@ class Engine:
     def step(self) -> list[Request]:
         """Advance every scheduled request; return those that got a token.
 
-        When the runner fails, the requests it ran are dropped (they would fail again), all others stay.
+        A runner that need not wait is given the next step before the tokens of the last one are read: those are what
+        is returned then, and a request that they end has a token too many under way, which nobody will see. When the
+        runner fails, the requests it ran are dropped (they would fail again), all others stay.
         """
+        self.last_result = StepResult({})
+        before, is_async = self._in_flight, getattr(self.runner, "is_async", False)
+        if before and not (is_async and before.allows_next):
+            return self.catch_up()
         started_s = time.perf_counter()
-        plan = self.scheduler.schedule()
-        planned_s = time.perf_counter()
-        is_heard = bool(self.events)  # who begins to listen in the middle of a step hears of the next one
-        stored = [(r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled] if is_heard else []
+        plan = self.scheduler.schedule(is_under_way=before is not None)
+        if before and not plan.scheduled:
+            return self.catch_up()  # all who run are about to end, or the pool is short
         is_stuck = not plan.scheduled and not plan.preempted and not all(r.is_held for r in self.requests.values())
         assert not is_stuck, "I15: requests wait and nothing can run"
-        try:
-            self.last_result = self._run(plan)
-        except Exception:
-            for request, _ in plan.scheduled:
-                self.finish(request.id, "abort")
-            raise
-        ran_s = time.perf_counter()
-        advanced = self.scheduler.update(plan, self.last_result)
-        for request in advanced:
-            if request.is_finished:
-                self.requests.pop(request.id, None)
-        if is_heard:
-            self._report(tuple(stored), started_s, planned_s, ran_s)
-        return advanced
+        self._in_flight = self._launch(plan, started_s, is_async=is_async)
+        if before:
+            return self._collect(before)
+        return [] if self._in_flight.allows_next else self.catch_up()
+
+    def catch_up(self) -> list[Request]:
+        """Wait for the step that is under way, if one is; return the requests that got a token."""
+        step, self._in_flight, self.last_result = self._in_flight, None, StepResult({})
+        return self._collect(step) if step else []
 
     def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
         """End a request in any state; False when it is not here (any more)."""
@@ -150,7 +172,9 @@ class Engine:
                 tables = [(table.block_ids, table.num_dropped) for table in r.tables]
                 held = (tables, r.reserved_ids, r.host_ids)
                 forks = [fork.id for fork in r.pending_forks]
-                digest.update(repr((r.id, r.num_computed, r.num_preemptions, held, forks, r.is_held)).encode())
+                digest.update(
+                    repr((r.id, r.num_computed, r.num_promised, r.num_preemptions, held, forks, r.is_held)).encode()
+                )
                 digest.update(array("q", r.token_ids).tobytes())
             digest.update(b"|")
         lingering = [(r.id, [t.block_ids for t in r.tables]) for r in self.scheduler.lingering]
@@ -161,13 +185,50 @@ class Engine:
         digest.update(array("q", [use for b in pool.blocks for use in (b.num_hits, b.last_used, b.priority)]).tobytes())
         return digest.hexdigest()
 
-    def _run(self, plan: StepPlan) -> StepResult:
-        """Have the plan computed; nobody may fork meanwhile, for nobody knows what is stored."""
+    def _launch(self, plan: StepPlan, started_s: float, *, is_async: bool) -> InFlight:
+        """Have the plan computed, and book it as if it were."""
+        planned_s = time.perf_counter()
+        is_heard = bool(self.events)  # who begins to listen in the middle of a step hears of the next one
+        stored = [(r.id, num_new, r.num_computed + num_new) for r, num_new in plan.scheduled] if is_heard else []
+        try:
+            launched = self._run(plan, is_async=is_async)
+        except Exception:
+            self._drop(plan)
+            if self._in_flight:  # whose tokens the runner may no longer have
+                self._in_flight = replace(self._in_flight, allows_next=False)
+            raise
+        self.scheduler.promise(plan)
+        allows_next = launched.allows_next and not plan.is_short
+        return InFlight(plan, launched, allows_next, tuple(stored), is_heard, started_s, planned_s)
+
+    def _run(self, plan: StepPlan, *, is_async: bool) -> Launched:
+        """Hand the plan to the runner; nobody may fork meanwhile, for nobody knows what is stored."""
         self._is_in_step = True
         try:
-            return self.runner.run(plan)
+            return cast(Launcher, self.runner).launch(plan) if is_async else Done(self.runner.run(plan))
         finally:
             self._is_in_step = False
+
+    def _collect(self, step: InFlight) -> list[Request]:
+        """Wait for a launched step and book its tokens."""
+        begun_s = max(step.planned_s, self._last_end_s)
+        try:
+            self.last_result = step.launched.result()
+        except Exception:
+            self._drop(step.plan)
+            raise
+        self._last_end_s = time.perf_counter()
+        advanced = self.scheduler.update(step.plan, self.last_result)
+        for request in advanced:
+            if request.is_finished:
+                self.requests.pop(request.id, None)
+        if step.is_heard:
+            self._report(step, begun_s)
+        return advanced
+
+    def _drop(self, plan: StepPlan) -> None:
+        for request, _ in plan.scheduled:
+            self.finish(request.id, "abort")
 
     def _parent(self, request_id: str, new_id: str, num_own: int) -> Request:
         """The request to fork; see `fork` for what is refused."""
@@ -176,8 +237,8 @@ class Engine:
             raise RequestError(f"fork: no request {request_id!r} is here (any more); fork before it finishes")
         if new_id in self.requests:
             raise RequestError(f"fork: the id {new_id!r} is in use; give each request an id of its own")
-        if self._is_in_step:
-            raise RequestError(f"fork: a step is computing {request_id!r}; fork between two steps")
+        if self._is_in_step or parent.num_promised:
+            raise RequestError(f"fork: a step is computing {request_id!r}; fork between two steps, after catch_up()")
         if num_own and parent.num_tokens + num_own >= self.config.max_model_len:
             raise RequestError(
                 f"fork: {parent.num_tokens} tokens and {num_own} of its own leave no room for one new token in "
@@ -204,22 +265,20 @@ class Engine:
         # Whatever passes here fits: the pool holds max_model_len tokens (EngineConfig), and max_tokens is cut to it.
         return None
 
-    def _report(
-        self, scheduled: tuple[tuple[str, int, int], ...], started_s: float, planned_s: float, ran_s: float
-    ) -> None:
+    def _report(self, step: InFlight, begun_s: float) -> None:
         updated_s = time.perf_counter()
         new_tokens = tuple((id_, tuple(tokens)) for id_, tokens in self.last_result.new_token_ids.items())
         self.events.emit(
             StepRan(
-                step=self.scheduler.step,
-                scheduled=scheduled,
+                step=step.plan.step,
+                scheduled=step.stored,
                 new_tokens=new_tokens,
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),
                 num_free=self.kv.pool.num_free,
-                schedule_ms=(planned_s - started_s) * 1e3,
-                run_ms=(ran_s - planned_s) * 1e3,
-                update_ms=(updated_s - ran_s) * 1e3,
+                schedule_ms=(step.planned_s - step.started_s) * 1e3,
+                run_ms=(self._last_end_s - begun_s) * 1e3,
+                update_ms=(updated_s - self._last_end_s) * 1e3,
                 state_hash=self.state_hash(),
             )
         )

@@ -144,8 +144,8 @@ class KVManager:
         return True
 
     def publish(self, request: Request) -> None:
-        """Offer blocks that became full to the prefix cache."""
-        num_full = request.num_computed // self.block_size
+        """Offer blocks that became full of known tokens to the prefix cache."""
+        num_full = request.num_booked // self.block_size
         if not self.caches_prefixes or num_full <= request.num_published:
             return
         self._extend_hashes(request)
@@ -166,11 +166,11 @@ class KVManager:
         request.num_published = num_full
 
     def drop_outside_window(self, request: Request) -> None:
-        """Free the blocks that the next query, at num_computed, does not see through its group's sliding window."""
+        """Free the blocks that the next query, at num_booked, does not see through its group's sliding window."""
         if not self.frees_windows:
             return  # most models; this runs for every request in every step
         for group, (table, window) in enumerate(zip(request.tables, self.config.group_windows, strict=True)):
-            num_past = num_unseen(request.num_computed, window, self.block_size)
+            num_past = num_unseen(request.num_booked, window, self.block_size)
             dropped = table.block_ids[table.num_dropped : num_past]
             if not dropped:
                 continue

@@ -37,6 +37,7 @@ class StepPlan:
     fresh_block_ids: list[int]
     preempted: list[Request]
     transfers: list[Transfer] = field(default_factory=list)
+    is_short: bool = False  # of blocks, while a step is under way: who must go is decided when that has ended
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +69,38 @@ class Runner(Protocol):
     def run(self, plan: StepPlan) -> StepResult: ...
 
 
+class Launched(Protocol):
+    """A step that a device computes."""
+
+    @property
+    def allows_next(self) -> bool:
+        """Whether the next step can be launched before this one's tokens are read."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for the tokens."""
+        ...
+
+
+class Launcher(Runner, Protocol):
+    """A runner that does not wait: it knows on the device what its last step chose."""
+
+    is_async: bool
+
+    def launch(self, plan: StepPlan) -> Launched: ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step whose result was there at once."""
+
+    known: StepResult
+    allows_next: bool = False
+
+    def result(self) -> StepResult:
+        return self.known
+
+
 def needs_token(request: Request, num_new: int) -> bool:
-    """Whether this chunk reaches the last known token, so that its logits give the next one."""
-    return request.num_computed + num_new == request.num_tokens
+    """Whether this chunk reaches the last known or promised token, so that its logits give the next one."""
+    return request.num_computed + num_new == request.num_expected

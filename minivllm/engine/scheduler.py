@@ -17,7 +17,7 @@ Then waiting requests are admitted, unless something was preempted: the pool is 
 from collections.abc import Callable
 
 from minivllm.engine.kv_manager import KVManager
-from minivllm.engine.plan import StepPlan, StepResult
+from minivllm.engine.plan import StepPlan, StepResult, needs_token
 from minivllm.engine.policies import RequestQueue, at_the_door, order_of
 from minivllm.engine.prefix_cache import Hit
 from minivllm.engine.swap import SwapSpace
@@ -41,37 +41,50 @@ class Scheduler:
         self.lingering: list[Request] = []  # static batching: they ended and keep their blocks
         self.step = 0
         self._clock = clock
+        self._is_under_way = self._is_short = False  # of the step that is being planned
 
     def add(self, request: Request) -> None:
         request.arrival_step = self.step
         self.waiting.add(request)
 
-    def schedule(self) -> StepPlan:
-        """Plan one step: advance those that run and admit guests, in the order of the batching policy."""
+    def schedule(self, *, is_under_way: bool = False) -> StepPlan:
+        """Plan one step: advance those that run and admit guests, in the order of the batching policy.
+
+        While another step is under way nobody is preempted, for it may end requests: the plan says that it is short.
+        """
         self.step += 1
         self.kv.step = self.step
+        self._is_under_way, self._is_short = is_under_way, False
         budget, preempted = self.config.max_num_batched_tokens, list[Request]()
         scheduled: Scheduled = []
         if self.config.batching == "prefill_first":
             scheduled = self._admit_waiting(budget)
         if not scheduled:
             scheduled = self._advance_running(budget, preempted)
-            if preempted and self.waiting:
+            if self._is_short:
+                pass  # guests would take the room that others lack
+            elif preempted and self.waiting:
                 self.events.emit(Waited(self.step, self.waiting.first.id, "just_preempted"))
             elif self.config.batching != "prefill_first":
                 scheduled += self._admit_waiting(budget - sum(num_new for _, num_new in scheduled))
-        if not scheduled and not preempted:
+        if not scheduled and not preempted and not is_under_way:
             self._unblock(preempted)
         fresh_block_ids, transfers = self.kv.drain_work()
-        return StepPlan(self.step, scheduled, fresh_block_ids, preempted, transfers)
+        return StepPlan(self.step, scheduled, fresh_block_ids, preempted, transfers, self._is_short)
+
+    def promise(self, plan: StepPlan) -> None:
+        """Book what a launched step will have computed and chosen, for whoever plans the next one before it ends."""
+        for request, num_new in plan.scheduled:
+            if request.status is Status.RUNNING:  # else it was aborted while the step ran
+                request.num_promised += needs_token(request, num_new) and not request.is_steered
+                request.num_computed += num_new
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
-        """Book what was computed, append the new tokens; return the requests that got one."""
+        """Append the tokens that a promised step chose, publish full blocks; return the requests that got a token."""
         advanced, size = [], self.config.block_size
-        for request, num_new in plan.scheduled:
+        for request, _ in plan.scheduled:
             if request.status is not Status.RUNNING:
-                continue  # aborted while the step ran: its blocks are gone already
-            request.num_computed += num_new
+                continue  # it ended since the step was planned: its blocks are gone already
             if request.num_computed >= (request.num_published + 1) * size:
                 self.kv.publish(request)
             if self.kv.frees_windows:
@@ -79,6 +92,7 @@ class Scheduler:
             new_token_ids = result.new_token_ids.get(request.id)
             if not new_token_ids:
                 continue
+            request.num_promised -= not request.is_steered
             if request.is_steered:
                 request.is_held = True
                 advanced.append(request)
@@ -98,7 +112,7 @@ class Scheduler:
             request.first_token_s = self._clock()
         for token_id in new_token_ids:
             request.token_ids.append(token_id)
-            reason = self._end_reason(request, token_id)
+            reason = request.end_reason(token_id, self.config.eos_token_ids)
             if reason:
                 is_eos = token_id in self.config.eos_token_ids and not request.params.ignore_eos
                 self.finish(request, reason, token_id if reason == "stop" and not is_eos else None)
@@ -113,7 +127,7 @@ class Scheduler:
             self._leave_leader(request)
         for fork in request.pending_forks:  # their leader leaves before they began: each goes its own way
             self.add(fork)
-        request.pending_forks = []
+        request.pending_forks, request.num_promised = [], 0
         self._let_go(request, reason)
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
@@ -139,20 +153,25 @@ class Scheduler:
     def _advance_running(self, budget: int, preempted: list[Request]) -> Scheduled:
         scheduled: Scheduled = []
         for request in list(self.running):
-            num_new = min(request.num_tokens - request.num_computed, budget)
+            num_new = min(request.num_missing, budget)
             if request.status is not Status.RUNNING or num_new == 0:
-                continue  # preempted by one before it, held by its owner, or no budget left
+                continue  # preempted by one before it, held by its owner, promised its last token, or no budget left
             if self._make_room(request, num_new, preempted):
                 scheduled.append((request, num_new))
                 budget -= num_new
+            elif self._is_short:
+                break
         return scheduled
 
     def _make_room(self, request: Request, num_new: int, preempted: list[Request]) -> bool:
-        """Grow the request's table, preempting from the end of the order; False when it fell itself."""
+        """Grow the request's table, preempting from the end of the order; False when it fell itself, or must wait."""
         while not self.kv.grow(request, num_new):
             if self.lingering:
                 self._clear_lingering()
                 continue
+            if self._is_under_way:
+                self._is_short = True
+                return False
             victim = self.running.last  # never one already scheduled: those stand before `request` in the order
             held = [other for other in self.running if other.is_held] if victim is request else []
             if held:
@@ -279,12 +298,3 @@ class Scheduler:
         for request in self.lingering:
             self.kv.release(request)
         self.lingering = []
-
-    def _end_reason(self, request: Request, token_id: int) -> str | None:
-        params, num_output = request.params, request.num_output
-        if num_output >= params.min_tokens:
-            if not params.ignore_eos and token_id in self.config.eos_token_ids:
-                return "stop"
-            if params.stop_token_ids and token_id in params.stop_token_ids:
-                return "stop"
-        return "length" if num_output >= request.max_tokens else None

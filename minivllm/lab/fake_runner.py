@@ -11,7 +11,7 @@ from typing import Any
 
 from minivllm.engine.block_pool import NULL_BLOCK, CacheEntry
 from minivllm.engine.engine import Engine
-from minivllm.engine.plan import Move, StepPlan, StepResult, Transfer, needs_token
+from minivllm.engine.plan import Done, Move, StepPlan, StepResult, Transfer, needs_token
 from minivllm.engine.tables import slot_of
 from minivllm.engine_config import EngineConfig
 from minivllm.request import Request, SamplingParams
@@ -45,7 +45,9 @@ class FakeRunner:
         ] = {}  # by serial and group, as first seen
         self.before: Callable[[StepPlan], None] = lambda plan: None  # looks at the plan
         self.after: Callable[[StepPlan], None] = lambda plan: None  # may raise or abort: the slots are written
+        self.is_async = False  # whether the engine may launch a step before it knows the tokens of the last one
         self._written: dict[Request, tuple[int, int]] = {}  # preemptions so far, end of what was written since
+        self._latest: dict[Request, int] = {}  # what the last step chose
 
     def run(self, plan: StepPlan) -> StepResult:
         """Write the scheduled tokens, check all that stands before them, answer where a request is up to date."""
@@ -59,8 +61,14 @@ class FakeRunner:
         up_to_date = [request for request, num_new in plan.scheduled if needs_token(request, num_new)]
         samples = [(request, sample) for request in up_to_date for sample in (request, *request.pending_forks)]
         answers = {sample.id: [self._next_token(request, sample.seed)] for request, sample in samples}
+        self._latest = {request: answers[request.id][0] for request in up_to_date}
         self.after(plan)
         return StepResult(answers)
+
+    def launch(self, plan: StepPlan) -> Done:
+        """As a GPU does: the engine learns later what was chosen, the next step reads it here."""
+        allows_next = not any(r.is_steered or r.pending_forks for r, _ in plan.scheduled)
+        return Done(self.run(plan), allows_next)
 
     def twin(self, num_host_blocks: int) -> "FakeRunner":
         """The same answers from slots of its own, all empty; it has as many host blocks as it is asked for."""
@@ -108,8 +116,9 @@ class FakeRunner:
             f"I9: {request.id} writes from {start}, wrote up to {written}"
         )
         digest = self._read(request, start, query=start)
+        token_ids = self._tokens_of(request)
         for position in range(start, end):
-            token_id = request.token_ids[position]
+            token_id = token_ids[position]
             digest = hash((digest, token_id))  # ints only: the same in every process
             for table in request.tables:
                 slot = slot_of(position, table.block_ids, self.block_size)
@@ -119,7 +128,7 @@ class FakeRunner:
     def _read(self, request: Request, end: int, query: int) -> int:
         """The digest of the first `end` tokens; every one that the token at `query` sees is verified in its slot."""
         digest, firsts_seen = 0, [0 if window is None else query - window + 1 for window in self.windows]
-        for position, token_id in enumerate(request.token_ids[:end]):
+        for position, token_id in enumerate(self._tokens_of(request)[:end]):
             digest = hash((digest, token_id))
             for table, first_seen in zip(request.tables, firsts_seen, strict=True):
                 if position < first_seen:
@@ -132,8 +141,12 @@ class FakeRunner:
         return digest
 
     def _next_token(self, request: Request, seed: int) -> int:
-        digest = self._read(request, request.num_tokens, query=request.num_tokens - 1)
+        digest = self._read(request, request.num_expected, query=request.num_expected - 1)
         return hash((digest, seed)) % self.vocab_size
+
+    def _tokens_of(self, request: Request) -> list[int]:
+        """Those that the engine knows, and the one that it was promised."""
+        return [*request.token_ids, self._latest[request]] if request.num_promised else request.token_ids
 
 
 class SilentRunner:

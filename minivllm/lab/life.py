@@ -26,8 +26,11 @@ class RunnerError(Exception):
 class Life:
     """An engine with a fake runner, its witnesses, and what each request was born with and given since."""
 
-    def __init__(self, config: EngineConfig, seen: Counter[str], is_patient: bool = False) -> None:
+    def __init__(
+        self, config: EngineConfig, seen: Counter[str], is_patient: bool = False, is_async: bool = False
+    ) -> None:
         self.runner = FakeRunner(config.block_size, VOCAB_SIZE, config.group_windows)
+        self.runner.is_async = is_async
         self.engine = Engine(config, self.runner)
         is_lru = config.eviction_policy == "lru" and config.prefix_cache == "hash"
         self.twin = FreeListTwin(config.num_blocks, is_lru)
@@ -73,8 +76,12 @@ class Life:
         self.check()
 
     def fork(self, parent_id: str, new_id: str, seed: int | None) -> None:
-        """Split a request in two, in whatever state it is."""
+        """Split a request in two, in whatever state it is; not if the step that is under way ends it."""
         parent = self.engine.requests[parent_id]
+        self._judge(self.engine.catch_up())
+        self.check()
+        if parent.is_finished:
+            return
         self.seen[f"fork {self.state_of(parent)}"] += 1
         has_table = bool(parent.block_ids)
         child = self.engine.fork(parent_id, new_id, seed)
@@ -102,11 +109,7 @@ class Life:
                 raise error.__context__ from None
             raise
         else:
-            for request in advanced:
-                assert request.num_output > 0 or request.is_held, f"I15: {request.id} is said to have got a token"
-                if request.is_finished:
-                    self.seen[f"end {request.finish_reason}"] += 1
-                    self.seen["end stop token"] += request.stop_reason is not None
+            self._judge(advanced)
             self.seen["lingering"] += len(self.engine.scheduler.lingering) > 0
             is_cleared = num_lingering > 0 == len(self.engine.scheduler.lingering)
             self.seen["lingering cleared under pressure"] += is_cleared and len(self.engine.scheduler.running) > 0
@@ -188,6 +191,15 @@ class Life:
             return "leader in prefill" if request.pending_forks else "in prefill"
         return "in decode" if request.num_computed % self.engine.config.block_size else "at a block edge"
 
+    def _judge(self, advanced: list[Request]) -> None:
+        for request in advanced:
+            assert request.num_output > 0 or request.is_held, f"I15: {request.id} is said to have got a token"
+            if request.is_finished:
+                self.seen[f"end {request.finish_reason}"] += 1
+                self.seen["end stop token"] += request.stop_reason is not None
+                under_way = self.engine.plan_in_flight
+                self.seen["a token too many"] += under_way is not None and request in dict(under_way.scheduled)
+
     def _hear(self, event: Event) -> None:
         """Note the first false event; it is held against the engine when the plan or the state was looked at.
 
@@ -206,7 +218,8 @@ class Life:
 
     def _most_steps(self) -> int:
         """Steps that are enough, and one for each that is held: it may have to make room first."""
-        return most_steps_to_drain(self.engine) + sum(r.is_held for r in self.engine.requests.values())
+        num_steps = most_steps_to_drain(self.engine) + sum(r.is_held for r in self.engine.requests.values())
+        return num_steps * (1 + self.runner.is_async) + 1  # one that plans, one that reads, where they are apart
 
     def _register(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -226,7 +239,8 @@ class Life:
         check_plan(self.engine, plan)
         self._object()
         self.witness.check_plan(plan)
-        chunks = [r.num_computed + n < r.num_tokens for r, n in plan.scheduled]
+        self.seen["short with a step under way"] += plan.is_short
+        chunks = [r.num_computed + n < r.num_expected for r, n in plan.scheduled]
         self.seen["chunk"] += any(chunks)
         self.seen["chunk beside decode"] += any(chunks) and any(r.num_output for r, _ in plan.scheduled)
         first_waiting = min((r.arrival for r in self.engine.scheduler.waiting), default=0)

@@ -22,15 +22,15 @@ def live_at_random(random: Random, num_steps: int, seen: Counter[str] | None = N
     """
     seen = Counter() if seen is None else seen
     while seen["steps"] < num_steps:
-        live_once(random_config(random, **fixed), random, seen)
+        live_once(random_config(random, **fixed), random, seen, is_async=random.random() < 0.4)
     return seen
 
 
-def live_once(config: EngineConfig, random: Random, seen: Counter[str]) -> None:
+def live_once(config: EngineConfig, random: Random, seen: Counter[str], *, is_async: bool = False) -> None:
     """One engine from its first request to its last."""
     for name in CHOICES:
         seen[f"{name} {getattr(config, name)}"] += 1
-    life = Life(config, seen, is_patient=random.random() < 0.3)
+    life = Life(config, seen, is_patient=random.random() < 0.3, is_async=is_async)
     for _ in range(ACTIONS_PER_LIFE):
         act_at_random(life, random)
     life.drain()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.checks import BLOCK_SIZES, HEAD_SIZES
+from minivllm_kernels.embedding import embed
 from minivllm_kernels.fastest import fastest_attention, fastest_decode
 from minivllm_kernels.norms import MAX_WIDTH, add_rms_norm, rms_norm
 from minivllm_kernels.row_product import row_product
@@ -77,7 +78,8 @@ class FusedLlama:
     def body(self, batch: KernelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """All layers: what the last one adds and the residual it is added to, both [T, hidden]."""
         eps = self.config.rms_norm_eps
-        residual = F.embedding(batch.token_ids, self.embeddings)
+        residual = self.embeddings.new_empty(len(batch.token_ids), self.embeddings.shape[1])
+        embed(batch.token_ids, batch.chosen, self.embeddings, residual)
         x = torch.empty_like(residual)
         rms_norm(residual, self.weights[0].input_norm, x, eps=eps)
         for number, weights in enumerate(self.weights):

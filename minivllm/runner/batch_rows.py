@@ -22,6 +22,8 @@ class BatchRows:
         self.table = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.int64)
+        self.came_from = np.arange(max_num_seqs, dtype=np.int32)  # each row's request, in the step before
+        self._row_ids = self.came_from.copy()
         self._row_of: dict[Request, int] = {}
         self._known: list[list[int]] = []  # block ids that the table has, by row
         self._places: list[int] = []  # of the table's flat memory, where the device is behind
@@ -29,6 +31,7 @@ class BatchRows:
 
     def seat(self, scheduled: Sequence[tuple[Request, int]]) -> list[Request]:
         """Give every scheduled request a row and bring the table up to date; the requests by row."""
+        self.came_from[:] = self._row_ids
         guests = [request for request, _ in scheduled if request not in self._row_of]
         if len(self.requests) + len(guests) > len(scheduled):
             staying = {request for request, _ in scheduled}
@@ -57,6 +60,7 @@ class BatchRows:
         if row < len(self.requests):
             del self._row_of[last]
             self._sit(row, last)
+            self.came_from[row] = self.came_from[len(self.requests)]
 
     def _sit(self, row: int, request: Request) -> None:
         self.requests[row : row + 1] = [request]

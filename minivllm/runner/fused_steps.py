@@ -3,13 +3,14 @@
     plan --StepBuffers--> one copy --> graph, or kernels --> logits [rows, vocab] --> tokens --> one copy back
 
 Every request of a step has a row, and every row gets logits and a token, wanted or not. Requests that want more than
-a token of the plain sampler are looked at again: their logits are still there.
+a token of the plain sampler are looked at again: their logits are still there. Where nobody does, nobody waits: the
+next step is launched while this one runs, and takes this one's tokens where the sampler left them.
 """
 
 import torch
 
 from minivllm.config import ModelConfig
-from minivllm.engine.plan import StepPlan, StepResult, TokenLogprobs
+from minivllm.engine.plan import Done, Launched, StepPlan, StepResult, TokenLogprobs
 from minivllm.models.decoder import Decoder
 from minivllm.models.fused_llama import FusedLlama
 from minivllm.request import Request
@@ -20,6 +21,7 @@ from minivllm.runner.kernel_sampler import KernelSampler, sample_changed
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.sampler import judge_prompt, token_logprobs
 from minivllm.runner.step_buffers import LoadedStep, StepBuffers, StepLimits
+from minivllm.runner.token_reader import TokenReader
 
 PromptLogprobs = dict[str, tuple[int, list[TokenLogprobs]]]
 
@@ -32,29 +34,29 @@ class FusedSteps:
     ) -> None:
         self.config = config
         self.model = FusedLlama(model, config, list(storage.layers), limits.max_model_len)
-        self.buffers = StepBuffers(limits, device)
         self.sampler = KernelSampler(limits.max_num_seqs, device)
+        self.buffers = StepBuffers(limits, device, self.sampler.token_ids)
         dtype = model.embed.weight.dtype
         self.logits = torch.zeros(limits.max_num_seqs, config.vocab_size, dtype=dtype, device=device)
         self.decode = DecodeSteps(self.model, self.buffers, self.sampler, self.logits)
-        self._token_ids = torch.zeros(limits.max_num_seqs, dtype=torch.int32, pin_memory=device != "cpu")
-        self._is_read = torch.cuda.Event() if device != "cpu" else None
+        self._tokens = TokenReader(self.sampler.token_ids)
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute every scheduled token, and choose where a request is up to date."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Have every scheduled token computed, and one chosen in each row; waits only for who wants more than that."""
         requests = self.buffers.rows.seat(plan.scheduled)
         is_single = plan.num_tokens == len(requests)
         if is_single and not any(judges_prompt(requests[row]) for row in self.buffers.rows.special):
             step, prompt_logprobs = self._decode(requests), PromptLogprobs()
         else:
             step, prompt_logprobs = self._compute(plan)
-        if not any(end == len(request.token_ids) for request, end in zip(requests, step.ends, strict=True)):
-            return StepResult({}, prompt_logprobs=prompt_logprobs)  # nothing to wait for
-        ready = zip(requests, self._read_tokens(len(requests)), step.ends, strict=True)
-        new_token_ids = {request.id: [token] for request, token, end in ready if end == len(request.token_ids)}
+        ready = [end == request.num_expected for request, end in zip(requests, step.ends, strict=True)]
+        tokens = self._tokens.send([request.id for request in requests], ready)
+        if not self.buffers.rows.special:
+            return tokens
+        new_token_ids = tokens.result().new_token_ids
         special = [row for row in sorted(self.buffers.rows.special) if requests[row].id in new_token_ids]
         logprobs = self._choose_again(special, requests, new_token_ids) if special else {}
-        return StepResult(new_token_ids, logprobs, prompt_logprobs)
+        return Done(StepResult(new_token_ids, logprobs, prompt_logprobs))
 
     def wanted_logits(self, plan: StepPlan) -> torch.Tensor:
         """The logits that the plain path gives of a plan: the rows of each logit_range, in the plan's order."""
@@ -93,14 +95,6 @@ class FusedSteps:
 
     def _logits_of(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.model.head(x.clone(), residual.clone(), x.new_empty(len(x), self.config.vocab_size))
-
-    def _read_tokens(self, num_requests: int) -> list[int]:
-        """The one wait of a step."""
-        self._token_ids.copy_(self.sampler.token_ids, non_blocking=True)
-        if self._is_read is not None:
-            self._is_read.record()
-            self._is_read.synchronize()
-        return self._token_ids[:num_requests].tolist()
 
     def _choose_again(
         self, rows: list[int], requests: list[Request], new_token_ids: dict[str, list[int]]

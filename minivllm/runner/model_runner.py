@@ -13,7 +13,7 @@ import torch
 from minivllm.attention import LayerKV, choose_backend
 from minivllm.attention.grouped import GroupedAttention, group_configs
 from minivllm.config import ModelConfig
-from minivllm.engine.plan import StepPlan, StepResult, TokenLogprobs, needs_token
+from minivllm.engine.plan import Done, Launched, StepPlan, StepResult, TokenLogprobs, needs_token
 from minivllm.models.decoder import Decoder
 from minivllm.request import Request
 from minivllm.runner.batch import build_batches, logit_range
@@ -37,19 +37,29 @@ class ModelRunner:
         self.device = device
         self.limits = limits
         self.fused = make_fused(model, config, storage, limits, device)
+        self.schedules_ahead = False
         self._backend = choose_backend(device, config)
         self._configs = group_configs(config, storage.groups)
         self._layers: list[LayerKV] = list(storage.layers)
 
-    @torch.inference_mode()
+    @property
+    def is_async(self) -> bool:
+        """Whether steps are launched and not waited for."""
+        return self.schedules_ahead and self.fused is not None
+
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every scheduled token, store its K and V, and sample where a request is up to date."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """The same without waiting for the tokens, where steps run fused."""
         self.storage.move(plan.transfers)
         if self.fused is None:
             self.storage.clear(plan.fresh_block_ids)  # our kernels never look at what is not stored
         if not plan.scheduled:
-            return StepResult({})
-        return self._choose_tokens(plan, self.logits(plan)) if self.fused is None else self.fused.run(plan)
+            return Done(StepResult({}), allows_next=True)
+        return Done(self._choose_tokens(plan, self.logits(plan))) if self.fused is None else self.fused.launch(plan)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:

@@ -49,9 +49,13 @@ class LoadedStep:
 
 
 class StepBuffers:
-    """The device's memory of a step, and two of the host's: one may still be read while the other is written."""
+    """The device's memory of a step, and two of the host's: one may still be read while the other is written.
 
-    def __init__(self, limits: StepLimits, device: str) -> None:
+    `chosen` is where the device keeps the tokens of the last step, by row.
+    """
+
+    def __init__(self, limits: StepLimits, device: str, chosen: torch.Tensor) -> None:
+        self.chosen = chosen
         self.limits = limits
         self.rows = BatchRows(limits.max_num_seqs, limits.max_blocks)
         self.num_rows = aligned(limits.max_num_seqs)
@@ -72,10 +76,10 @@ class StepBuffers:
     def load_singles(self, requests: list[Request], padded_rows: int) -> LoadedStep:
         """Bring one token of each request that is seated to the device, and rows of padding behind them."""
         count, host, rows = len(requests), self._next_host(), self.rows
-        first = [request.num_computed for request in requests]
         token_ids, positions, slots = host.singles
-        token_ids[:count] = [request.token_ids[start] for request, start in zip(requests, first, strict=True)]
-        positions[:count] = first
+        positions[:count] = [request.num_computed for request in requests]
+        token_ids[:count] = [-1 if r.num_promised else r.token_ids[r.num_computed] for r in requests]
+        np.copyto(token_ids[:count], -1 - rows.came_from[:count], where=token_ids[:count] < 0)
         ends = host.num_tokens[:count]
         np.add(positions[:count], 1, out=ends)
         block, offset = np.divmod(positions[:count], self.limits.block_size)
@@ -103,7 +107,7 @@ class StepBuffers:
         """One query in each of the first rows: the same addresses in every step."""
         token_ids, positions, slots = self._token_parts(num_rows, self.num_rows)
         keys, starts = Keys(self.table[:num_rows], self.num_tokens[:num_rows]), self._row_part(7)[:1]
-        return KernelBatch(token_ids, positions, slots, keys, None, starts, max_query_len=1)
+        return KernelBatch(token_ids, self.chosen, positions, slots, keys, None, starts, max_query_len=1)
 
     def ragged(self, step: LoadedStep) -> KernelBatch:
         """Any step, as it was loaded without padding."""
@@ -117,8 +121,9 @@ class StepBuffers:
         first = 7 * self.num_rows
         starts = self._words[first : first + step.num_chunks + 1]
         return KernelBatch(
-            token_ids, positions, slots, singles, chunks if len(chunks) else None, starts, max(step.num_new)
-        )
+            token_ids, self.chosen, positions, slots, singles, chunks if len(chunks) else None, starts,
+            max(step.num_new),
+        )  # fmt: skip
 
     def last_tokens(self, step: LoadedStep) -> torch.Tensor:
         """Of each row, which token is its last, whose logits give the next one."""
@@ -149,13 +154,17 @@ class StepBuffers:
         self, parts: tuple[np.ndarray, ...], requests: list[Request], num_new: list[int], order: list[int]
     ) -> None:
         token_ids, positions, slots = parts
-        spans = [(requests[row].token_ids, requests[row].num_computed, num_new[row]) for row in order]
+        spans = [(self._known(requests[row], row), requests[row].num_computed, num_new[row]) for row in order]
         token_ids[:] = [token for tokens, first, new in spans for token in tokens[first : first + new]]
         lengths = np.array([new for _, _, new in spans])
         before = np.array([first for _, first, _ in spans]) - (lengths.cumsum() - lengths)  # position less place
         positions[:] = np.repeat(before, lengths) + np.arange(len(positions))
         block, offset = np.divmod(positions, self.limits.block_size)
         slots[:] = self.rows.table[np.repeat(order, lengths), block] * self.limits.block_size + offset
+
+    def _known(self, request: Request, row: int) -> list[int]:
+        """A request's tokens; the one that it is promised by its place among the chosen."""
+        return [*request.token_ids, -1 - int(self.rows.came_from[row])] if request.num_promised else request.token_ids
 
     def _send(self, host: "HostWords", capacity: int) -> None:
         """One copy; then the table's changes find their places on the device."""
