@@ -9,7 +9,7 @@ lives that many steps with each of these seeds; `live_at_random` (lab/random_lif
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations, product
 from random import Random
 
@@ -146,7 +146,7 @@ def admit_beyond_seats(self: Scheduler, request: Request, budget: int) -> tuple[
     return self._admit_after(request, self.kv.match(request), budget)
 
 
-def end_one_late(self: Scheduler, request: Request, token_id: int) -> str | None:
+def end_one_late(request: Request, token_id: int, eos_token_ids: Sequence[int]) -> str | None:
     return "length" if request.num_output > request.max_tokens else None
 
 
@@ -194,7 +194,7 @@ FAULTS: dict[str, Patches] = {
     ],
     "guests without a seat": [(Scheduler, "_try_to_admit", admit_beyond_seats)],
     "hits are missed": [(HashChainCache, "match", match_one_block)],
-    "the end comes one token late": [(Scheduler, "_end_reason", end_one_late)],
+    "the end comes one token late": [(Request, "end_reason", end_one_late)],
     "a copy is cleared after it was made": [(KVManager, "_copy_tail", clear_what_was_copied)],
     "a full block is copied as well": [(KVManager, "_copy_tail", copy_and_keep)],
     "blocks come back from the host in another order": [(SwapSpace, "swap_in", swap_in_reversed)],

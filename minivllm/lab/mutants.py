@@ -198,6 +198,9 @@ def make_room_beside_the_held(scheduler: Scheduler, request: Request, num_new: i
         if scheduler.lingering:
             scheduler._clear_lingering()
             continue
+        if scheduler._is_under_way:
+            scheduler._is_short = True
+            return False
         victim = scheduler.running.last
         scheduler._preempt(victim, "itself" if victim is request else "no_blocks")
         preempted.append(victim)
