@@ -47,7 +47,7 @@ class ModelConfig:
     num_mtp_layers: int = 0  # layers a checkpoint has at its end, to draft several tokens at once: not loaded
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
-    batch_invariant: bool = False  # a token's bits depend on no other token of the batch; CPU only, about 2x slower
+    batch_invariant: bool = False  # a token's bits depend on no other token of the batch; half as fast on a CPU
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")

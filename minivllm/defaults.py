@@ -82,8 +82,6 @@ def read_model_config(source: ModelSource, dtype: str, device: str, batch_invari
     """The model's shape in the arithmetic it will run in. Raises ModelError and ConfigError."""
     if not isinstance(batch_invariant, bool):
         raise ConfigError(f"batch_invariant must be True or False, not {batch_invariant!r}")
-    if batch_invariant and device != "cpu":
-        raise ConfigError("batch_invariant is for the CPU: use device='cpu' or leave it out")
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     config = {**source.config, "dtype": choose_dtype(device) if dtype == "auto" else dtype}

@@ -38,7 +38,7 @@ class LLM:
 
     `model` is an alias (smollm2-135m), a folder, a Hugging Face id, or with load_format="dummy" a built-in config.
     `kv_cache_memory` is the byte budget of the KV pool, `num_blocks` its size outright, `swap_space` GiB of host memory
-    for preemption by swap; `batch_invariant` makes every bit of an answer independent of the batch (CPU). On a GPU the
+    for preemption by swap; `batch_invariant` makes every bit of an answer independent of the batch. On a GPU the
     pool takes what `gpu_memory_utilization` of its memory leaves when nothing else says, steps are launched before the
     last one's tokens are read (`async_scheduling`), and `enforce_eager=True` turns this and CUDA graphs off; a CPU
     accepts all three, and they do nothing there. The policies are fields of EngineConfig: batching, allocator ...

@@ -225,6 +225,36 @@ def test_a_step_that_fails_leaves_the_next_one_as_it_would_have_been(
     assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == expected
 
 
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 64 for letter in text]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(64 + token) for token in token_ids)
+
+
+def test_an_end_that_is_seen_one_step_late_leaks_no_token(folders: Callable[[str], Path], fused: None) -> None:
+    def answer(is_ahead: bool, **end: Any) -> list[tuple[str, list[int], str | None, int | str | None]]:
+        llm = engine(folders("qwen3"), has_graphs=True, max_num_seqs=4, async_scheduling=is_ahead)
+        llm.text_engine.tokenizer = llm.tokenizer = Letters()  # type: ignore[assignment]
+        params = [SamplingParams(temperature=1.5, seed=3 + i, max_tokens=17, **end) for i in range(len(PROMPTS))]
+        samples = [output.outputs[0] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+        assert llm.reset_prefix_cache(), "a block is still held"
+        return [(s.text, list(s.token_ids), s.finish_reason, s.stop_reason) for s in samples]
+
+    answers = []
+    for is_ahead in (False, True):
+        [(free, ids, *_), *_] = plain_ends = answer(is_ahead, ignore_eos=True)
+        by_string = answer(is_ahead, stop=[free[6:8]], ignore_eos=True)
+        by_token = answer(is_ahead, stop_token_ids=[ids[5]])
+        assert by_string[0][0] == free[: free.index(free[6:8])] and by_string[0][2] == "stop"
+        assert by_token[0][1] == ids[: ids.index(ids[5]) + 1] and by_token[0][2:] == ("stop", ids[5])
+        answers.append((plain_ends, by_string, by_token))
+    assert answers[0] == answers[1]
+
+
 def test_models_that_do_not_fit_keep_the_plain_way(tmp_path: Path, fused: None) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)  # heads of 16

@@ -46,6 +46,22 @@ def test_graphs_change_no_token_in_16_bits(dtype: str, budget: int, folders: Cal
     assert lives[0] == lives[1]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_batch_invariant_tokens_are_the_same_alone_together_in_chunks_and_from_a_warm_cache(
+    dtype: str, folders: Callable[[str], Path]
+) -> None:
+    def build(**options: Any) -> LLM:
+        chosen = SMALL | {"load_format": "auto", "kv_cache_memory": 2**24} | options
+        return LLM(str(folders("qwen3")), dtype=dtype, batch_invariant=True, **chosen)
+
+    llm = build()
+    together = tokens(llm.generate(PROMPTS, HOT, use_tqdm=False))
+    assert tokens(llm.generate(PROMPTS, HOT, use_tqdm=False)) == together
+    llm.reset_prefix_cache()
+    assert [tokens(llm.generate([p], h, use_tqdm=False))[0] for p, h in zip(PROMPTS, HOT, strict=True)] == together
+    assert tokens(build(max_num_batched_tokens=24).generate(PROMPTS, HOT, use_tqdm=False)) == together
+
+
 def test_graphs_change_no_sample_of_a_large_ragged_batch(folders: Callable[[str], Path]) -> None:
     prompts = [[(7 * i + j) % 320 for j in range(1 + 11 * i % 97)] for i in range(70)]
     params = [

@@ -57,11 +57,12 @@ class InvariantAttention:
         self.layers = layers
         self.scale = config.head_size**-0.5
         self.windows: set[Window] = set(config.windows) or {None}
-        units = _units_of(config, batch)
-        self.q_rows = units.q_rows.flatten()  # [U * ROWS]
-        self.result_rows = torch.empty(len(batch.slots) * config.num_heads, dtype=torch.int64)  # where each row ends up
-        self.result_rows[self.q_rows] = torch.arange(len(self.q_rows))  # a repeated row has equal results: any will do
-        self.calls = [self._key_tiles(units, first) for first in range(0, len(units.requests), UNITS)]
+        with batch.slots.device:
+            units = _units_of(config, batch)
+            self.q_rows = units.q_rows.flatten()  # [U * ROWS]
+            self.result_rows = torch.empty(len(batch.slots) * config.num_heads, dtype=torch.int64)  # each row's end
+            self.result_rows[self.q_rows] = torch.arange(len(self.q_rows))  # a repeated row has equal results
+            self.calls = [self._key_tiles(units, first) for first in range(0, len(units.requests), UNITS)]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store the new K and V, then attend over all that is stored; [T, H, D] in and out."""
