@@ -239,9 +239,11 @@ class LLM:
                 for prompt, chosen, urgency in zip(prompts, params, priority, strict=True):
                     generations.append(self.text_engine.add(prompt, chosen, urgency))
                 with tqdm(total=len(generations), desc="Processed prompts", disable=not use_tqdm) as bar:
-                    while not all(g.is_finished for g in generations):
+                    running = generations
+                    while running:
                         self.text_engine.step()
-                        _show_progress(bar, generations)
+                        running = [g for g in running if not g.is_finished]
+                        _show_progress(bar, generations, len(generations) - len(running))
                         let_through()
         finally:
             for generation in generations:
@@ -280,8 +282,7 @@ def _resumed(first: RequestOutput, rest: Iterator[RequestOutput]) -> Iterator[Re
     yield from rest
 
 
-def _show_progress(bar: tqdm, generations: list[Generation]) -> None:
-    num_finished = sum(g.is_finished for g in generations)
+def _show_progress(bar: tqdm, generations: list[Generation], num_finished: int) -> None:
     if num_finished == bar.n or bar.disable:
         return
     elapsed_s = bar.format_dict["elapsed"] or 1e-9

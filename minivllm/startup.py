@@ -3,7 +3,14 @@
 On a GPU: weights, the largest step, then as many KV blocks as there is room for, then the graphs over them.
 """
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
 
 from minivllm.config import ModelConfig
 from minivllm.defaults import choose_groups, engine_config, longest_request, pool_size
@@ -11,6 +18,7 @@ from minivllm.engine_config import EngineConfig, Policies
 from minivllm.errors import ConfigError
 from minivllm.layer_groups import LayerGroups
 from minivllm.models.decoder import Decoder
+from minivllm.runner.device import GIB
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.loader import build_model
 from minivllm.runner.memory import least_pool, measure, memory_for
@@ -50,6 +58,21 @@ class GpuOptions:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
 
 
+class Phases:
+    """Tells what each phase of a start brought and how long it took."""
+
+    def __init__(self, *, is_told: bool) -> None:
+        self.is_told = is_told
+
+    @contextmanager
+    def of(self, words: Callable[[], str]) -> Iterator[None]:
+        """Time the block under `with`; `words` are asked for when it has ended well."""
+        started_s = time.perf_counter()
+        yield
+        if self.is_told:
+            tqdm.write(f"{words()}: {time.perf_counter() - started_s:.1f} s", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Started:
     config: EngineConfig
@@ -63,21 +86,30 @@ def start(
 ) -> Started:  # fmt: skip
     """Load the model and make its runner. Raises ModelError and ConfigError, one line each."""
     groups, files = choose_groups(model, policies), source.weight_files if has_weights else []
+    phases = Phases(is_told=show_progress and device == "cuda")
     built = None
     if device == "cuda":
-        _check_early(model, policies, groups, sizes)
-        built = _load(model, files, seed, device)
-        sizes = replace(sizes, kv_cache_memory=_measured(built, model, policies, groups, sizes, gpu))
+        limits = limits_of(_check_early(model, policies, groups, sizes))
+        with phases.of(lambda: f"weights, {torch.cuda.memory_allocated() / GIB:.2f} GiB"):
+            built = _load(model, files, seed, device)
+        with phases.of(lambda: f"a step of {limits.max_num_batched_tokens:,} tokens, {use.by_steps / GIB:.2f} GiB"):
+            use = measure(built, model, groups, limits, "cuda", has_graphs=not gpu.enforce_eager)
+        if sizes.num_blocks is None and sizes.kv_cache_memory is None:
+            least = least_pool(model, sizes.block_size, groups)
+            sizes = replace(sizes, kv_cache_memory=use.left_for_kv(gpu.gpu_memory_utilization, least))
     config = _config(model, policies, groups, sizes, device)
     built = built or _load(model, files, seed, device)
     limits = limits_of(config)
-    with memory_for(f"a KV pool of {config.num_blocks} blocks: lower kv_cache_memory or num_blocks"):
+    what = f"a KV pool of {config.num_blocks} blocks: lower kv_cache_memory or num_blocks"
+    tokens = f"{config.num_blocks:,} blocks of {config.block_size} tokens"
+    with phases.of(lambda: f"KV pool, {tokens}, {storage.num_bytes / GIB:.2f} GiB"), memory_for(what):
         storage = KVStorage(model, config.num_blocks, config.block_size, device, config.num_host_blocks, groups)
         runner = ModelRunner(built, model, storage, device, limits)
     runner.schedules_ahead = not gpu.enforce_eager if gpu.async_scheduling is None else gpu.async_scheduling
     if device == "cuda" and not gpu.enforce_eager:
         figure = f"lower gpu_memory_utilization ({gpu.gpu_memory_utilization:g}) or max_num_seqs"
-        with memory_for(f"the graphs of decode steps: {figure}, or set enforce_eager=True"):
+        what = f"the graphs of decode steps: {figure}, or set enforce_eager=True"
+        with phases.of(lambda: f"{runner.num_graphs} CUDA graphs of decode steps"), memory_for(what):
             runner.capture_graphs(show_progress=show_progress)
     return Started(config, storage, runner)
 
@@ -106,14 +138,3 @@ def _check_early(model: ModelConfig, policies: Policies, groups: LayerGroups, si
     """What can be refused before the weights are loaded: all but the size of the pool."""
     num_blocks = UNLIMITED_BLOCKS if sizes.num_blocks is None else sizes.num_blocks
     return _config(model, policies, groups, replace(sizes, num_blocks=num_blocks, kv_cache_memory=None), "cuda")
-
-
-def _measured(
-    built: Decoder, model: ModelConfig, policies: Policies, groups: LayerGroups, sizes: Sizes, gpu: GpuOptions
-) -> int | None:
-    """The KV budget: as asked, or what is left beside weights, the largest step and the graphs."""
-    if sizes.num_blocks is not None or sizes.kv_cache_memory is not None:
-        return sizes.kv_cache_memory
-    limits = limits_of(_check_early(model, policies, groups, sizes))
-    use = measure(built, model, groups, limits, "cuda", has_graphs=not gpu.enforce_eager)
-    return use.left_for_kv(gpu.gpu_memory_utilization, least_pool(model, sizes.block_size, groups))

@@ -42,7 +42,8 @@ class Generation:
 
     @property
     def is_finished(self) -> bool:
-        return all(sample.request.is_finished for sample in self.samples)
+        samples = self.samples
+        return samples[0].request.is_finished if len(samples) == 1 else all(s.request.is_finished for s in samples)
 
     def output(self) -> RequestOutput:
         first = self.samples[0].request

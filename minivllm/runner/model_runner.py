@@ -78,6 +78,10 @@ class ModelRunner:
         if self.fused is not None:
             self.fused.decode.capture(show_progress=show_progress)
 
+    @property
+    def num_graphs(self) -> int:
+        return len(self.fused.decode.graphs) if self.fused else 0
+
     @contextmanager
     def by_modules(self) -> Iterator[None]:
         """Run the model's own modules, as a CPU does, for whoever hooks into them under `with`."""
