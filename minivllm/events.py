@@ -241,7 +241,8 @@ class StepRan(Event):
 class StepCosted(Event):
     """What a step had to move and to do, told after its StepRan where somebody keeps a ledger (lab/ledger.py).
 
-    Bytes of weights, of K and V, of logits; the least time that they and the FLOPs take at the machine's rates.
+    Bytes of weights, of K and V, of logits; the least time that they and the FLOPs take at the machine's rates, as if
+    the shorter of the two were hidden behind the longer.
     """
 
     weight_bytes: int
@@ -250,6 +251,7 @@ class StepCosted(Event):
     flops: int
     floor_ms: float
     run_ms: float  # measured: from the step's launch, or the end of the one before, until its tokens were there
+    unhidden_ms: float = 0.0  # of the floor: arithmetic beyond the moving; above 0, the step is bound by compute
 
     @property
     def remainder_ms(self) -> float:
@@ -274,15 +276,22 @@ class EventBus:
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
+        self._last: list[Listener] = []
 
     def __bool__(self) -> bool:
-        return bool(self._listeners)
+        return bool(self._listeners or self._last)
 
-    def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with every event from now on; the returned function ends that."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+    def listen(self, listener: Listener, *, is_last: bool = False) -> Callable[[], None]:
+        """Call `listener` with every event from now on; the returned function ends that.
+
+        `is_last` puts it behind all others, also those to come: what it emits itself, they hear after what it heard.
+        """
+        listeners = self._last if is_last else self._listeners
+        listeners.append(listener)
+        return lambda: listeners.remove(listener) if listener in listeners else None
 
     def emit(self, event: Event) -> None:
         for listener in self._listeners:
+            listener(event)
+        for listener in self._last:
             listener(event)

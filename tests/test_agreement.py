@@ -128,8 +128,18 @@ def test_floor_of_a_step_is_what_a_hand_counts() -> None:
     assert floor.kv_bytes == 4 * 2 * 2 * 4 * (5 + 7)
     pairs = (3 + 4 + 5) + 7
     assert floor.flops == 2 * (2 * layer + 8) * 4 + 2 * 80 * 2 + 2 * 4 * 2 * 4 * pairs
-    assert floor.ms == pytest.approx(max((floor.weight_bytes + floor.kv_bytes) / 1e7, floor.flops / 1e8))
+    assert floor.stored_bytes == 4 * 2 * 2 * 4 * (3 + 1) and floor.logit_bytes == 2 * 4 * 10 * 2
+    moved = floor.weight_bytes + floor.kv_bytes + floor.stored_bytes + floor.logit_bytes
+    assert floor.ms == pytest.approx(max(moved / 1e7, floor.flops / 1e8))
+    assert work.floor([(3, 5), (1, 7)], 2, MACHINE, shared_bytes=96).kv_bytes == floor.kv_bytes - 96
     assert work.floor([(3, 5)], 0, MACHINE).weight_bytes == 4 * (2 * layer + 8)  # no logits, no head
+
+
+def test_ideal_engine_reads_a_shared_prefix_once_and_writes_it_once() -> None:
+    work, slow = ModelWork("qwen3-0.6b", "bfloat16"), Accelerator("slow memory", 2**34, 1.0, {"bf16": 1e30}, "this test")
+    kv = int(kv_bytes_per_token("qwen3-0.6b"))
+    alone, shared = (work.ideal_seconds([100, 110], [2, 2], slow, num_shared) for num_shared in (0, 90))
+    assert alone - shared == pytest.approx(kv * 90 * 3)  # in both steps one reading less, in the first a writing less
 
 
 def test_floor_of_experts_counts_those_that_tokens_touch() -> None:

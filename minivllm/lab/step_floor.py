@@ -1,7 +1,8 @@
-"""The least time a step can take on a machine, from the calculators: bytes it must read, FLOPs it must do.
+"""The least time a step can take on a machine, from the calculators: bytes it must move, FLOPs it must do.
 
     bytes   the weights once (of a table of embeddings only where it is the head too), of experts those that the step's
-            tokens are expected to touch; K and V of all that its requests hold, windows cut off
+            tokens are expected to touch; K and V of all that its requests see, what several share once; K and V of
+            the new tokens, written; logits, written by the head and read by the sampler
     FLOPs   2 x weights per token, the head only where logits are wanted, attention by pairs of a query and a key
     floor   the longer of the two, as if each hid the other completely
 The rates are those that the machine reaches in this process (`measured_roofs`), not its data sheet's.
@@ -15,7 +16,7 @@ import torch
 
 from minivllm.config import DTYPE_BYTES
 from minivllm.course.calculators import Accelerator, num_parameters
-from minivllm.course.calculators.model_fields import Config
+from minivllm.course.calculators.model_fields import Config, Fields
 from minivllm.course.step_work import counted_model
 from minivllm.provenance import provenance
 
@@ -27,10 +28,12 @@ class StepFloor:
     """What one step must move and do, and how long that takes at the machine's rates."""
 
     weight_bytes: int
-    kv_bytes: int
+    kv_bytes: int  # read
     flops: int
-    read_ms: float
+    read_ms: float  # for all that moves
     compute_ms: float
+    stored_bytes: int = 0  # of K and V, written
+    logit_bytes: int = 0  # written and read
 
     @property
     def ms(self) -> float:
@@ -46,31 +49,51 @@ class ModelWork:
         parts = num_parameters(config).parts
         self.head = int(parts["head"]) or int(parts["embeddings"])  # tied: the table is read as a matrix
         self.tables = int(parts["embeddings"]) + int(parts["head"])
+        self.row_bytes = DTYPE_BYTES[dtype] * Fields(config).whole("vocab_size")  # of one token's logits
 
-    def floor(self, scheduled: Sequence[tuple[int, int]], num_logits: int, machine: Accelerator) -> StepFloor:
-        """Of a step that computes, for each of its requests, `num_new` tokens and has `num_stored` after it."""
-        num_tokens = sum(num_new for num_new, _ in scheduled)
+    def floor(
+        self, scheduled: Sequence[tuple[int, int]], num_logits: int, machine: Accelerator, shared_bytes: int = 0
+    ) -> StepFloor:
+        """Of a step that computes, for each of its requests, `num_new` tokens and has `num_stored` after it.
+
+        `shared_bytes` of K and V are some request's in blocks that another one reads for it.
+        """
+        new, stored = zip(*scheduled, strict=True) if scheduled else ((), ())
+        return self.floor_of(new, stored, num_logits, machine, shared_bytes)
+
+    def floor_of(
+        self, new: Sequence[int], stored: Sequence[int], num_logits: int, machine: Accelerator, shared_bytes: int = 0
+    ) -> StepFloor:
+        """The same, the new tokens of all requests apart from those that they have stored."""
+        num_tokens = sum(new)
+        if not num_tokens:
+            return StepFloor(0, 0, 0, 0.0, 0.0)
         num_weights = self.model.weights_used(num_tokens) - self.tables + self.head * (num_logits > 0)
-        num_bytes = num_weights * DTYPE_BYTES[self.dtype]
-        attention = self.model.attention_of(scheduled, self.dtype)
+        attention = self.model.attention(new, stored, self.dtype)
+        moved = {
+            "weight_bytes": num_weights * DTYPE_BYTES[self.dtype],
+            "kv_bytes": max(attention.num_bytes - shared_bytes, 0),
+            "stored_bytes": self.model.stored_bytes(num_tokens, self.dtype),
+            "logit_bytes": 2 * num_logits * self.row_bytes,
+        }
         flops = 2 * ((self.model.num_active - self.tables) * num_tokens + self.head * num_logits) + attention.flops
-        read_s = (num_bytes + attention.num_bytes) / machine.bandwidth
-        compute_s = flops / machine.flops_of(self.dtype)
-        return StepFloor(num_bytes, attention.num_bytes, flops, 1e3 * read_s, 1e3 * compute_s)
+        read_s, compute_s = sum(moved.values()) / machine.bandwidth, flops / machine.flops_of(self.dtype)
+        return StepFloor(flops=flops, read_ms=1e3 * read_s, compute_ms=1e3 * compute_s, **moved)
 
     def ideal_seconds(
         self, num_in: Sequence[int], num_out: Sequence[int], machine: Accelerator, num_shared: int = 0
     ) -> float:
         """The floors of all steps of an engine with room for everything: all prompts at once, then a token each.
 
-        The first `num_shared` tokens, which all prompts share, are computed once; every step reads each request's copy.
+        The first `num_shared` tokens, which all prompts share, are computed once, and each step reads them once.
         """
+        shared = self.model.attention_of([(1, num_shared)], self.dtype).num_bytes if num_shared else 0
         first, *others = num_in
         prompts = [(first, first), *((max(num - num_shared, 1), num) for num in others)]
-        total_ms = self.floor(prompts, len(prompts), machine).ms
+        total_ms = self.floor(prompts, len(prompts), machine, shared * len(others)).ms
         for step in range(1, max(num_out)):
             alive = [(1, prompt + step) for prompt, num in zip(num_in, num_out, strict=True) if num > step]
-            total_ms += self.floor(alive, len(alive), machine).ms
+            total_ms += self.floor(alive, len(alive), machine, shared * (len(alive) - 1)).ms
         return total_ms / 1e3
 
 

@@ -1,0 +1,189 @@
+"""The step ledger of a running engine: after each step, what it had to move and do, and the floor that gives.
+
+    with keep_ledger(llm), llm.record() as trace:
+        llm.generate(...)
+    ledger_rows(trace)                               # course/step_ledger.py
+
+Counted from the events alone, never from a clock: weights once, of experts those that the step's tokens are expected to
+touch; K and V of the tokens that its requests see, of blocks that several share once; K and V written; the logits that
+gave a token, written and read. Logits of prompts whose logprobs are wanted are not told by events, nor counted.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+from minivllm.course.calculators import Accelerator
+from minivllm.events import (
+    Added,
+    BlockCopied,
+    BlockExchanged,
+    BlocksDropped,
+    BlocksReleased,
+    BlocksTaken,
+    Event,
+    Forked,
+    PrefixHit,
+    StepCosted,
+    StepRan,
+    SwappedIn,
+)
+from minivllm.lab.step_floor import ModelWork, measured_roofs
+from minivllm.llm import LLM
+from minivllm.weights import find_model
+
+NULL_BLOCK = 0
+Table = dict[int, int]  # block id -> group of layers
+
+
+class Ledger:
+    """Follows the events of an engine from before its first request, and costs every step that ran."""
+
+    def __init__(self, work: ModelWork, machine: Accelerator, block_bytes: Sequence[int]) -> None:
+        """`block_bytes` has, by group of layers, the bytes of a block that these layers fill."""
+        machine.flops_of(work.dtype)  # a machine without a figure for the type is refused now
+        self.work, self.machine, self.block_bytes = work, machine, block_bytes
+        self.sharing = SharedBlocks(len(block_bytes))
+
+    @classmethod
+    def of(cls, llm: LLM, machine: Accelerator | None = None) -> "Ledger":
+        """For this engine, whatever it is doing now; without a `machine` its rates are measured, once in a process."""
+        dtype, groups, model = llm.model_config.dtype, llm.storage.groups, llm.model_config
+        layer_bytes = llm.config.block_size * model.kv_bytes_per_token // model.num_layers
+        work = ModelWork(find_model(str(llm.model), "dummy").config, dtype)
+        ledger = cls(work, machine or _roofs(llm.device, dtype), [layer_bytes * len(layers) for layers in groups.layers])
+        for request in llm.engine.requests.values():
+            for group, table in enumerate(request.tables):
+                ledger.sharing.extend(request.id, table.block_ids, group)
+        return ledger
+
+    def apply(self, event: Event) -> StepCosted | None:
+        """Take in one event; of a step that ran, its cost."""
+        if not isinstance(event, StepRan):
+            self.sharing.apply(event)
+            return None
+        ids, new, stored = zip(*event.scheduled, strict=True) if event.scheduled else ((), (), ())
+        self.sharing.schedule(ids)
+        got_token, _ = zip(*event.new_tokens, strict=True) if event.new_tokens else ((), ())
+        # of samples that fork off a prompt all draw from its row
+        num_logits = len(ids) if got_token == ids else len({*ids}.intersection(got_token))
+        shared = sum(n * size for n, size in zip(self.sharing.num_spared, self.block_bytes, strict=True))
+        floor = self.work.floor_of(new, stored, num_logits, self.machine, shared)
+        self.sharing.end_step()
+        return StepCosted(
+            event.step, floor.weight_bytes, floor.kv_bytes + floor.stored_bytes, floor.logit_bytes, floor.flops,
+            floor.ms, event.run_ms, max(floor.compute_ms - floor.read_ms, 0.0),
+        )  # fmt: skip
+
+
+class SharedBlocks:
+    """How many block reads a step is spared because several of its requests have the same block.
+
+    What a step's end lets go or exchanges was still read by the step: it counts from the next one on.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_spared = [0] * num_groups
+        self._tables: dict[str, Table] = {}
+        self._scheduled: tuple[str, ...] = ()
+        self._active: set[str] = set()  # the same, of the last step: their blocks are in _users
+        self._users: dict[int, int] = {}  # block id -> how many
+        self._ending: list[Event] = []
+
+    def apply(self, event: Event) -> None:
+        match event:
+            case BlocksTaken() | PrefixHit():
+                self.extend(event.request_id, event.block_ids, event.group)
+            case BlocksReleased() | BlocksDropped() | BlockExchanged():
+                self._ending.append(event)
+            case Added(request_id=id_) if id_ in self._tables:  # an id that an earlier request had
+                self.end_step()
+            case Forked() if event.block_ids:
+                for group, block_ids in enumerate((event.block_ids, *event.other_tables)):
+                    self.extend(event.request_id, block_ids, group)
+            case SwappedIn():
+                for group, table in enumerate(event.tables):
+                    self.extend(event.request_id, table, group)
+            case BlockCopied():
+                self._replace(event.request_id, event.source_id, event.block_id)
+
+    def schedule(self, request_ids: tuple[str, ...]) -> None:
+        """These requests read their blocks in the step, and no others."""
+        if request_ids == self._scheduled:
+            return
+        self._scheduled, now = request_ids, set(request_ids)
+        for id_ in self._active - now:
+            self._leave(self._tables.get(id_, {}))
+        for id_ in now - self._active:
+            self._join(self._tables.get(id_, {}))
+        self._active = now
+
+    def end_step(self) -> None:
+        ending, self._ending = self._ending, []
+        for event in ending:
+            match event:
+                case BlocksReleased(request_id=id_):
+                    table = self._tables.pop(id_, {})
+                    if id_ in self._active:
+                        self._leave(table)
+                case BlocksDropped(request_id=id_):
+                    self._drop(id_, event.block_ids)
+                case BlockExchanged(request_id=id_):
+                    self._replace(id_, event.block_id, event.cached_id)
+
+    def extend(self, id_: str, block_ids: Iterable[int], group: int) -> None:
+        """Blocks were appended to a request's table for a group of layers."""
+        table = self._tables.setdefault(id_, {})
+        more = {block_id: group for block_id in block_ids if block_id != NULL_BLOCK and block_id not in table}
+        table.update(more)
+        if id_ in self._active:
+            self._join(more)
+
+    def _drop(self, id_: str, block_ids: Iterable[int]) -> None:
+        table = self._tables.get(id_, {})
+        gone = {block_id: table.pop(block_id) for block_id in block_ids if block_id in table}
+        if id_ in self._active:
+            self._leave(gone)
+
+    def _replace(self, id_: str, old_id: int, new_id: int) -> None:
+        group = self._tables.get(id_, {}).get(old_id, 0)
+        self._drop(id_, (old_id,))
+        self.extend(id_, (new_id,), group)
+
+    def _join(self, table: Table) -> None:
+        for block_id, group in table.items():
+            num_users = self._users.get(block_id, 0)
+            self._users[block_id] = num_users + 1
+            self.num_spared[group] += num_users > 0
+
+    def _leave(self, table: Table) -> None:
+        for block_id, group in table.items():
+            num_users = self._users.pop(block_id) - 1
+            if num_users:
+                self._users[block_id] = num_users
+                self.num_spared[group] -= 1
+
+
+@contextmanager
+def keep_ledger(llm: LLM, machine: Accelerator | None = None) -> Iterator[Ledger]:
+    """Under `with`, each StepRan of `llm.events` is followed by a StepCosted, for whoever listens or records.
+
+    The machine's rates are measured in the process, once, unless an Accelerator is given. Raises ConfigError where that
+    has no figure for the model's type.
+    """
+    ledger = Ledger.of(llm, machine)
+
+    def follow(event: Event) -> None:
+        if cost := ledger.apply(event):
+            llm.events.emit(cost)
+
+    stop = llm.events.listen(follow, is_last=True)
+    try:
+        yield ledger
+    finally:
+        stop()
+
+
+@lru_cache
+def _roofs(device: str, dtype: str) -> Accelerator:
+    return measured_roofs(device, dtype)
