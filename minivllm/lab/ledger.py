@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
-from minivllm.course.calculators import Accelerator
+from minivllm.course.calculators import Accelerator, accelerator
 from minivllm.events import (
     Added,
     BlockCopied,
@@ -39,14 +39,14 @@ Table = dict[int, int]  # block id -> group of layers
 class Ledger:
     """Follows the events of an engine from before its first request, and costs every step that ran."""
 
-    def __init__(self, work: ModelWork, machine: Accelerator, block_bytes: Sequence[int]) -> None:
+    def __init__(self, work: ModelWork, machine: Accelerator | str, block_bytes: Sequence[int]) -> None:
         """`block_bytes` has, by group of layers, the bytes of a block that these layers fill."""
-        machine.flops_of(work.dtype)  # a machine without a figure for the type is refused now
-        self.work, self.machine, self.block_bytes = work, machine, block_bytes
+        self.work, self.machine, self.block_bytes = work, accelerator(machine), block_bytes
+        self.machine.flops_of(work.dtype)  # a machine without a figure for the type is refused now
         self.sharing = SharedBlocks(len(block_bytes))
 
     @classmethod
-    def of(cls, llm: LLM, machine: Accelerator | None = None) -> "Ledger":
+    def of(cls, llm: LLM, machine: Accelerator | str | None = None) -> "Ledger":
         """For this engine, whatever it is doing now; without a `machine` its rates are measured, once in a process."""
         dtype, groups, model = llm.model_config.dtype, llm.storage.groups, llm.model_config
         layer_bytes = llm.config.block_size * model.kv_bytes_per_token // model.num_layers
@@ -165,10 +165,10 @@ class SharedBlocks:
 
 
 @contextmanager
-def keep_ledger(llm: LLM, machine: Accelerator | None = None) -> Iterator[Ledger]:
+def keep_ledger(llm: LLM, machine: Accelerator | str | None = None) -> Iterator[Ledger]:
     """Under `with`, each StepRan of `llm.events` is followed by a StepCosted, for whoever listens or records.
 
-    The machine's rates are measured in the process, once, unless an Accelerator is given. Raises ConfigError where that
+    The machine's rates are measured in the process, once, unless an Accelerator is given, or its name. Raises ConfigError where that
     has no figure for the model's type.
     """
     ledger = Ledger.of(llm, machine)
