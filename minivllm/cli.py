@@ -17,6 +17,7 @@ from minivllm.errors import ConfigError, MiniVLLMError, RequestError, short
 from minivllm.request import SamplingParams
 
 if TYPE_CHECKING:
+    from minivllm.bench.engine import Draw
     from minivllm.llm import LLM
     from minivllm.outputs import RequestOutput
 
@@ -217,7 +218,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def bench(options: argparse.Namespace) -> int:
     run = import_module(f"minivllm.bench.{options.what}").main  # torch, and transformers for some: seconds
-    return run(options.arguments) or OK
+    drawing = {"ledger_drawing": _ledger_drawing} if options.what == "engine" else {}  # bench knows no views
+    return run(options.arguments, **drawing) or OK
+
+
+def _ledger_drawing() -> "Draw":
+    if find_spec("anywidget") is None or find_spec("PIL") is None:
+        raise MiniVLLMError("--ledger draws with anywidget and pillow: run `pip install 'minivllm[lab]'`")
+    from minivllm.views.step_ledger import save_ledgers
+
+    return save_ledgers
 
 
 STUDIES = {  # module of minivllm.lab, and what it answers

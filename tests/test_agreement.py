@@ -136,7 +136,10 @@ def test_floor_of_a_step_is_what_a_hand_counts() -> None:
 
 
 def test_ideal_engine_reads_a_shared_prefix_once_and_writes_it_once() -> None:
-    work, slow = ModelWork("qwen3-0.6b", "bfloat16"), Accelerator("slow memory", 2**34, 1.0, {"bf16": 1e30}, "this test")
+    work, slow = (
+        ModelWork("qwen3-0.6b", "bfloat16"),
+        Accelerator("slow memory", 2**34, 1.0, {"bf16": 1e30}, "this test"),
+    )
     kv = int(kv_bytes_per_token("qwen3-0.6b"))
     alone, shared = (work.ideal_seconds([100, 110], [2, 2], slow, num_shared) for num_shared in (0, 90))
     assert alone - shared == pytest.approx(kv * 90 * 3)  # in both steps one reading less, in the first a writing less

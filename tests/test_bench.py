@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ from transformers import PreTrainedModel
 
 from minivllm.bench import engine as bench
 from minivllm.bench import policies, reference_workloads
-from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, measure
+from minivllm.bench.engine import Draw
+from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers, measure
 from minivllm.bench.table import GPU_RESULTS, KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
+from minivllm.course.calculators import Accelerator
 from minivllm.errors import ConfigError
+from minivllm.lab.ledger_table import Steps, ledger_facts, ledger_lines
 
 # Of the lists that vLLM 0.26 and nano-vllm were given.
 DIGESTS = {
@@ -25,6 +30,7 @@ DIGESTS = {
     "prefix": "472cd2e9",
 }
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
+ROOFS = Accelerator("made up", 2**34, 1e12, {"float32": 1e13}, "this test")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -94,3 +100,98 @@ def test_workload_rows_tell_first_best_and_floor(reference_model: Build, monkeyp
     assert {"first_s", "best_s", "tokens/s", "floor_s", "share of floor", "start_s", "roofs"} <= row.keys()
     with pytest.raises(ConfigError, match="--workload: 'huge' is not one of nano, single"):
         measure(["huge"], choice, 1)
+
+
+@pytest.fixture
+def short_workloads(reference_model: Build, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a small model; nano and prefix are lists of a few short prompts."""
+    prefix = list(range(40, 90))
+    monkeypatch.setitem(WORKLOADS, "nano", lambda: ([[7, 8, 9], [7, 8]], [3, 5]))
+    monkeypatch.setitem(WORKLOADS, "prefix", lambda: ([[*prefix, i] for i in range(9)], [4] * 9))
+    monkeypatch.setattr(reference_workloads, "MAX_MODEL_LEN", 64)
+    monkeypatch.setattr(reference_workloads, "MAX_BATCHED_TOKENS", 64)
+    monkeypatch.setattr(reference_workloads, "measured_roofs", lambda device, dtype: ROOFS)
+    return reference_model("qwen3")[0]
+
+
+def test_ledger_holds_each_step_of_the_best_repetition(short_workloads: Path) -> None:
+    choice = EngineChoice(str(short_workloads), "float32", "auto", max_num_seqs=16, max_num_batched_tokens=64)
+    ledgers = Ledgers()
+    nano, prefix = measure(["nano", "prefix"], choice, repeats=2, ledgers=ledgers)
+    assert [(row.kind, row.num_requests, row.num_tokens) for row in ledgers.steps["nano"]] == [
+        ("prefill", 2, 5), ("decode", 2, 2), ("decode", 2, 2), ("decode", 1, 1), ("decode", 1, 1),
+    ]  # fmt: skip
+    kinds = {row.group for row in ledgers.steps["prefix"]}
+    assert {"prefill", "mixed", "decode 9-16"} <= kinds
+    assert sum(row.num_tokens for row in ledgers.steps["prefix"]) < 9 * 51  # the prefix was computed for few
+    for name, row in (("nano", nano), ("prefix", prefix)):
+        facts = json.loads(json.dumps(row["ledger"]))
+        assert facts["recorded_s"] == pytest.approx(row["best_s"], abs=1e-3)
+        assert facts["kinds"][-1]["steps"] == len(ledgers.steps[name])
+        run_ms = sum(step.run_ms + step.host_ms for step in ledgers.steps[name])
+        assert 0 < run_ms / 1e3 <= facts["recorded_s"] + 1e-3
+    assert [line.split(":")[0] for line in ledgers.lines if ": the floor is" in line] == ["nano", "prefix"]
+    assert ledgers.machine == "made up"
+
+
+def test_a_shared_prefix_does_not_count_for_each_reader(short_workloads: Path) -> None:
+    """In the steps in which all nine decode: K and V of 48 tokens twice, for two began with nothing to share."""
+    choice = EngineChoice(str(short_workloads), "float32", "auto", max_num_seqs=16, max_num_batched_tokens=64)
+    ledgers = Ledgers()
+    measure(["prefix"], choice, repeats=1, ledgers=ledgers)
+    per_token = 4 * 2 * 2 * 32 * 4  # layers, K and V, KV heads, head size, bytes
+    full = [row for row in ledgers.steps["prefix"] if row.group == "decode 9-16"]
+    assert full
+    for row in full:
+        assert 48 + 9 * 4 < row.kv_bytes / per_token < 2 * 48 + 9 * 9
+
+
+def test_table_of_a_ledger_says_where_the_remainder_is(short_workloads: Path) -> None:
+    choice = EngineChoice(str(short_workloads), "float32", "auto", max_num_seqs=16, max_num_batched_tokens=64)
+    ledgers = Ledgers()
+    measure(["nano"], choice, repeats=1, ledgers=ledgers)
+    steps = tuple(replace(row, run_ms=10.0 * row.num_requests) for row in ledgers.steps["nano"])
+    lines, facts = ledger_lines("nano", steps, 0.1), ledger_facts(steps, 0.1)
+    assert lines[0].endswith("of 0.080 s in 5 steps")
+    assert [line.split("  ")[1].strip() for line in lines[2:-1]] == ["prefill", "decode 1", "decode 2", "all"]
+    assert "the most of it in decode 2: 40.0 ms; not in steps: 20.0 ms of 100.0 ms" in lines[-1]
+    kinds = facts["kinds"]
+    assert isinstance(kinds, list) and [kind["run_ms"] for kind in kinds] == [20.0, 20.0, 40.0, 80.0]
+    assert len(json.dumps(facts)) < 2000
+
+
+def test_bench_engine_draws_the_ledger_and_leaves_its_summary_in_the_result(
+    short_workloads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = list[object]()
+
+    def draw(path: Path, steps: Mapping[str, Steps], origin: str) -> Path:
+        drawn.extend((path, [*steps], origin))
+        return path
+
+    def drawing() -> Draw:
+        return draw
+
+    output, picture = tmp_path / "rows.json", tmp_path / "ledger.png"
+    options = ["--model", str(short_workloads), "--dtype", "float32", "--workload", "nano", "--repeats", "1"]
+    assert bench.main([*options, "--ledger", str(picture), "--output", str(output)], drawing) == 0
+    assert drawn == [picture, ["nano"], f"{short_workloads}, float32, made up"]
+    out = capsys.readouterr().out
+    assert "nano: the floor is" in out and f"wrote {picture}" in out and "'kinds'" not in out
+    assert json.loads(output.read_text())["rows"][0]["ledger"]["kinds"][-1]["kind"] == "all"
+    assert bench.main([*options, "--output", str(output)], drawing) == 0
+    assert "ledger" not in json.loads(output.read_text())["rows"][0] and len(drawn) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ledger", "x.png"], "--ledger: name what is to run, such as --workload nano"),
+        (["--ledger", "x.svg", "--workload", "nano"], "--ledger: x.svg must end in .png"),
+        (["--ledger", "no/where/x.png", "--workload", "nano"], "--ledger: no/where is no folder that can be written"),
+        (["--ledger", "x.png", "--workload", "nano"], "--ledger: only `minivllm bench engine` can draw; run that"),
+    ],
+)
+def test_a_ledger_that_cannot_be_drawn_is_refused_before_anything_is_measured(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        bench.main(options)

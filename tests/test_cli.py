@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,6 +13,7 @@ import pytest
 from minivllm import __version__, cli, doctor
 from minivllm.errors import ModelError
 from minivllm.request import SamplingParams
+from minivllm.views.step_ledger import save_ledgers
 
 # --- generate, with a model that answers in three pieces
 
@@ -178,9 +179,33 @@ def test_bench_hands_everything_after_its_name_on(monkeypatch: pytest.MonkeyPatc
     seen: list[list[str]] = []
     module = ModuleType("minivllm.bench.engine")
     monkeypatch.setattr(module, "main", seen.append, raising=False)
-    monkeypatch.setitem(sys.modules, "minivllm.bench.engine", module)
-    assert cli.main(["bench", "engine", "--help", "--rounds", "3"]) == 0
+    monkeypatch.setitem(sys.modules, "minivllm.bench.kernels", module)
+    assert cli.main(["bench", "kernels", "--help", "--rounds", "3"]) == 0
     assert seen == [["--help", "--rounds", "3"]]
+
+
+def test_bench_engine_is_handed_what_draws_its_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = ModuleType("minivllm.bench.engine"), list[object]()
+
+    def main(argv: list[str], ledger_drawing: Callable[[], object]) -> int:
+        seen.extend((argv, ledger_drawing()))
+        return 0
+
+    monkeypatch.setattr(module, "main", main, raising=False)
+    monkeypatch.setitem(sys.modules, "minivllm.bench.engine", module)
+    assert cli.main(["bench", "engine", "--ledger", "x.png"]) == 0
+    assert seen == [["--ledger", "x.png"], save_ledgers]
+
+
+def test_bench_engine_without_the_packages_of_the_lab_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleType("minivllm.bench.engine")
+    monkeypatch.setattr(module, "main", lambda argv, ledger_drawing: ledger_drawing(), raising=False)
+    monkeypatch.setitem(sys.modules, "minivllm.bench.engine", module)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["bench", "engine", "--ledger", "x.png"]) == cli.UNUSABLE
+    assert "minivllm: --ledger draws with anywidget and pillow: run `pip install" in capsys.readouterr().err
 
 
 class BecameError(Exception):

@@ -349,7 +349,9 @@ def test_blocks_shared_in_a_step_follow_every_event_that_moves_them() -> None:
 
 def test_rows_are_the_two_events_of_a_step_and_their_sums() -> None:
     def ran(step: int, *new: int, run_ms: float = 4.0) -> StepRan:
-        return StepRan(step, tuple((str(i), n, 50) for i, n in enumerate(new)), (), len(new), 0, 0, 0.5, run_ms, 0.25, "")
+        return StepRan(
+            step, tuple((str(i), n, 50) for i, n in enumerate(new)), (), len(new), 0, 0, 0.5, run_ms, 0.25, ""
+        )
 
     events: list[Event] = [
         ran(1, 30, 20), StepCosted(1, 60, 30, 10, 7, 2.0, 4.0, 1.0), ran(2), StepCosted(2, 0, 0, 0, 0, 0.0, 0.0),
@@ -388,7 +390,12 @@ def test_without_a_machine_its_rates_are_measured_once_in_a_process(
     small: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[str]()
-    monkeypatch.setattr(ledger_module, "measured_roofs", lambda device, dtype: asked.append(device) or MACHINE)
+
+    def measured(device: str, dtype: str) -> Accelerator:
+        asked.append(device)
+        return MACHINE
+
+    monkeypatch.setattr(ledger_module, "measured_roofs", measured)
     ledger_module._roofs.cache_clear()
     llm = small("llama-gqa")
     machines = []

@@ -1,6 +1,7 @@
 """`minivllm bench engine`: our engine beside transformers, on the same weights, dtype and threads, in one run.
 
-With --workload, our engine alone on the workloads of reference_workloads.py, against the floor of the machine.
+With --workload, our engine alone on the workloads of reference_workloads.py, against the floor of the machine; with
+--ledger too, every step of the best repetition against its own floor, as a table and a picture.
 Every figure is a ratio of times taken in turn within one process; the best of the repetitions counts for each side.
 """
 
@@ -8,7 +9,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -16,11 +17,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, measure
+from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers, measure
 from minivllm.bench.rivals import load_rival, run_continuous, run_generate
 from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError
 from minivllm.events import StepRan
+from minivllm.lab.ledger_table import Steps
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
 from minivllm.request import BlockTable, Request, SamplingParams
@@ -30,13 +32,18 @@ from minivllm.trace import Trace
 from minivllm.weights import find_model
 
 Row = dict[str, object]
+Draw = Callable[[Path, Mapping[str, Steps], str], Path]  # a picture of each workload's steps, and where they ran
 NUM_NEW = 64  # tokens a request gets in the decode part
 DECODE_BATCHES = (1, 8, 16)
 PREFIX_TOKENS = 512
+UNPRINTED = ("what", "unit", "ledger")  # columns that stand elsewhere
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parse the command line, measure, print a table, write the result file."""
+def main(argv: Sequence[str], ledger_drawing: Callable[[], Draw] | None = None) -> int:
+    """Parse the command line, measure, print a table, write the result file.
+
+    `ledger_drawing` gives the function that draws ledgers; it is asked for one before anything is measured.
+    """
     parser = argparse.ArgumentParser(prog="minivllm bench engine", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
@@ -48,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--load-format", default="auto", help="with --workload: dummy for random weights")
     parser.add_argument("--block-size", type=int, default=16, help="with --workload")
     parser.add_argument("--enforce-eager", action="store_true", help="with --workload: no CUDA graphs")
+    parser.add_argument("--ledger", type=Path, metavar="FILE.png", help="with --workload: draw each step and its floor")
     parser.add_argument("--output", type=Path, help="write the figures and their provenance to this JSON file")
     args = parser.parse_args(argv)
     unknown = set(args.parts.split(",")) - set(PARTS)
@@ -57,21 +65,37 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--threads and --repeats must be at least 1, not {args.threads} and {args.repeats}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    if args.output and not os.access(args.output.parent, os.W_OK):  # before minutes of measuring
-        raise ConfigError(f"--output: {args.output.parent} is no folder that can be written; choose another")
-    rows: list[Row] = []
+    for option, path in (("--output", args.output), ("--ledger", args.ledger)):  # before minutes of measuring
+        if path and not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{option}: {path.parent} is no folder that can be written; choose another")
+    draw = _ledger_drawing(args, ledger_drawing) if args.ledger else None
+    rows, ledgers = list[Row](), Ledgers() if draw else None
     if args.workload:
         choice = EngineChoice(
             args.model, args.dtype, args.load_format, args.enforce_eager, block_size=args.block_size, seed=args.seed
         )
-        rows = measure(args.workload.split(","), choice, args.repeats)
+        rows = measure(args.workload.split(","), choice, args.repeats, ledgers)
     for part in [] if args.workload else args.parts.split(","):
         rows += PARTS[part](args)
     _print_table(rows)
     if args.output:
         facts = {"provenance": provenance(args.seed), "rows": rows}
         write_text(args.output, json.dumps(facts, indent=1) + "\n", "figures")
+    if draw and ledgers:
+        print("\n".join(ledgers.lines))
+        print(f"wrote {draw(args.ledger, ledgers.steps, f'{args.model}, {args.dtype}, {ledgers.machine}')}")
     return 0
+
+
+def _ledger_drawing(args: argparse.Namespace, ledger_drawing: Callable[[], Draw] | None) -> Draw:
+    """What --ledger needs, or a refusal."""
+    if not args.workload:
+        raise ConfigError("--ledger: name what is to run, such as --workload nano")
+    if args.ledger.suffix != ".png":
+        raise ConfigError(f"--ledger: {args.ledger.name} must end in .png")
+    if ledger_drawing is None:
+        raise ConfigError("--ledger: only `minivllm bench engine` can draw; run that")
+    return ledger_drawing()
 
 
 def bench_decode(args: argparse.Namespace) -> list[Row]:
@@ -252,4 +276,4 @@ def _compared(what: str, unit: str, speeds: dict[str, float]) -> Row:
 def _print_table(rows: list[Row]) -> None:
     for row in rows:
         print(f"{row['what']} [{row['unit']}]")
-        print("   " + "   ".join(f"{name}: {value}" for name, value in row.items() if name not in ("what", "unit")))
+        print("   " + "   ".join(f"{name}: {value}" for name, value in row.items() if name not in UNPRINTED))

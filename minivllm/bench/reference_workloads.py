@@ -8,15 +8,22 @@
     prefix    256 prompts of 2048 shared + 128 own, 64 out       a prefix read by everybody
 
 Each repetition begins with an empty prefix cache; the first one and the best are told apart. The floor is the sum of
-the floors of an ideal engine's steps: all prompts at once, then all requests together, a token each.
+the floors of an ideal engine's steps: all prompts at once, then all requests together, a token each. With a ledger,
+every step of the best repetition is held against its own floor; costs are counted after the run, not during it.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from random import Random
 
+from tqdm import tqdm
+
 from minivllm.errors import ConfigError
+from minivllm.events import Event
+from minivllm.lab.ledger import block_bytes_by_group
+from minivllm.lab.ledger_table import Steps, ledger_facts, ledger_lines, steps_of
 from minivllm.lab.step_floor import ModelWork, measured_roofs
 from minivllm.llm import LLM
 from minivllm.request import SamplingParams
@@ -68,8 +75,19 @@ class EngineChoice:
     seed: int = 0
 
 
-def measure(names: Sequence[str], choice: EngineChoice, repeats: int) -> list[dict[str, object]]:
-    """Rows of the result file, one a workload; the machine's own rates are measured first."""
+@dataclass
+class Ledgers:
+    """What `measure` fills where a ledger is wanted: each workload's steps in its best repetition, and tables."""
+
+    steps: dict[str, Steps] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    machine: str = ""
+
+
+def measure(
+    names: Sequence[str], choice: EngineChoice, repeats: int, ledgers: Ledgers | None = None
+) -> list[dict[str, object]]:
+    """Rows of the result file, one a workload; the machine's own rates are measured once the engine is gone."""
     unknown = set(names) - set(WORKLOADS)
     if unknown:
         raise ConfigError(f"--workload: {unknown.pop()!r} is not one of {', '.join(WORKLOADS)}")
@@ -79,16 +97,23 @@ def measure(names: Sequence[str], choice: EngineChoice, repeats: int) -> list[di
     started_s = time.perf_counter()
     llm = LLM(**asdict(choice), max_model_len=max(longest, MAX_MODEL_LEN))
     start_s = time.perf_counter() - started_s
-    rows = [_row(name, llm, lists[name], repeats) for name in names]
-    device = llm.device
+    runs = [_run(name, llm, lists[name], repeats, is_recorded=ledgers is not None) for name in names]
+    device, block_bytes = llm.device, block_bytes_by_group(llm)
     del llm  # the roofs need memory, too
     machine = measured_roofs(device, choice.dtype)
-    for name, row in zip(names, rows, strict=True):
-        prompts, num_out = lists[name]
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        row, best_s, (prompts, num_out) = _row(name, lists[name], run.times), min(run.times), lists[name]
         num_shared = shared_tokens(prompts)
         floor_s = work.ideal_seconds([len(prompt) for prompt in prompts], num_out, machine, num_shared)
-        row |= {"floor_s": round(floor_s, 3), "share of floor": round(floor_s / float(str(row["best_s"])), 3)}
+        row |= {"floor_s": round(floor_s, 3), "share of floor": round(floor_s / best_s, 3)}
         row |= {"start_s": round(start_s, 2), **asdict(choice), "roofs": asdict(machine)}
+        if ledgers is not None:
+            steps = steps_of(run.events, work, machine, block_bytes)
+            ledgers.steps[name], ledgers.machine = steps, machine.name
+            ledgers.lines += ledger_lines(name, steps, best_s)
+            row["ledger"] = ledger_facts(steps, best_s)
+        rows.append(row)
     return rows
 
 
@@ -100,16 +125,49 @@ def shared_tokens(prompts: list[list[int]]) -> int:
     return next((place for place, tokens in places if len(set(tokens)) > 1), min(map(len, prompts)))
 
 
-def _row(name: str, llm: LLM, lists: Lists, repeats: int) -> dict[str, object]:
+@dataclass
+class Run:
+    """A workload's repetitions: seconds of each, and where they are recorded, the events of the best one."""
+
+    times: list[float] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+
+def _run(name: str, llm: LLM, lists: Lists, repeats: int, *, is_recorded: bool) -> Run:
     prompts, num_out = lists
     params = [SamplingParams(temperature=TEMPERATURE, max_tokens=n, ignore_eos=True, detokenize=False) for n in num_out]
-    times = []
-    for _ in range(repeats):
+    run = Run()
+    for _ in tqdm(range(repeats), desc=name):
         llm.reset_prefix_cache()
-        started_s = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        times.append(time.perf_counter() - started_s)
+        with _listening(llm, is_recorded) as events:
+            started_s = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - started_s
         assert [len(output.outputs[0].token_ids) for output in outputs] == num_out
+        run.times.append(seconds)
+        if seconds == min(run.times):
+            run.events = events
+    return run
+
+
+@contextmanager
+def _listening(llm: LLM, is_recorded: bool) -> Iterator[list[Event]]:
+    """The events of the block under `with`, without hashes of the engine's state: those take longer than a step."""
+    events = list[Event]()
+    if not is_recorded:
+        yield events
+        return
+    stop, engine = llm.events.listen(events.append), llm.engine
+    hashed, engine.state_hash = engine.state_hash, str  # type: ignore[method-assign]  # str() is ""
+    try:
+        yield events
+    finally:
+        engine.state_hash = hashed  # type: ignore[method-assign]
+        stop()
+
+
+def _row(name: str, lists: Lists, times: list[float]) -> dict[str, object]:
+    prompts, num_out = lists
     best = min(times)
     num_in = sum(map(len, prompts))
     return {

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from minivllm.events import Event, StepCosted, StepRan
 
@@ -16,8 +17,7 @@ NUM_KEPT = 2000  # steps of a live run
 KINDS = ("prefill", "mixed", "decode")
 
 
-@dataclass(frozen=True, slots=True)
-class FloorParts:
+class FloorParts(NamedTuple):
     """Milliseconds of a floor, by what they are spent on."""
 
     weights: float
@@ -65,8 +65,7 @@ class LedgerRow:
         return f"decode {most}" if most <= 2 else f"decode {most // 2 + 1}-{most}"
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerSum:
+class LedgerSum(NamedTuple):
     """Steps together."""
 
     name: str
@@ -92,8 +91,7 @@ class LedgerSum:
     @property
     def most_of_floor(self) -> str:
         """The largest part of the floor, in words."""
-        sizes = {name: getattr(self.parts, name) for name in FloorParts.__slots__}
-        return PART_WORDS[max(sizes, key=sizes.__getitem__)]
+        return PART_WORDS[max(FloorParts._fields, key=self.parts._asdict().__getitem__)]
 
 
 PART_WORDS = {"weights": "weights", "kv": "K and V", "logits": "logits", "arithmetic": "arithmetic"}
@@ -135,7 +133,8 @@ def row_of(ran: StepRan, cost: StepCosted) -> LedgerRow:
     num_bytes = cost.weight_bytes + cost.kv_bytes + cost.logit_bytes
     per_byte = (cost.floor_ms - cost.unhidden_ms) / num_bytes if num_bytes else 0.0
     moved = cost.weight_bytes, cost.kv_bytes, cost.logit_bytes
-    parts = FloorParts(*(each * per_byte for each in moved), cost.unhidden_ms)
+    weights, kv, logits = (each * per_byte for each in moved)
+    parts = FloorParts(weights, kv, logits, cost.unhidden_ms)
     return LedgerRow(
         ran.step, kind, len(num_new), sum(num_new), *moved, cost.flops, parts, cost.floor_ms, cost.run_ms,
         ran.schedule_ms + ran.update_ms,

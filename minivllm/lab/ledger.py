@@ -48,10 +48,9 @@ class Ledger:
     @classmethod
     def of(cls, llm: LLM, machine: Accelerator | str | None = None) -> "Ledger":
         """For this engine, whatever it is doing now; without a `machine` its rates are measured, once in a process."""
-        dtype, groups, model = llm.model_config.dtype, llm.storage.groups, llm.model_config
-        layer_bytes = llm.config.block_size * model.kv_bytes_per_token // model.num_layers
+        dtype = llm.model_config.dtype
         work = ModelWork(find_model(str(llm.model), "dummy").config, dtype)
-        ledger = cls(work, machine or _roofs(llm.device, dtype), [layer_bytes * len(layers) for layers in groups.layers])
+        ledger = cls(work, machine or _roofs(llm.device, dtype), block_bytes_by_group(llm))
         for request in llm.engine.requests.values():
             for group, table in enumerate(request.tables):
                 ledger.sharing.extend(request.id, table.block_ids, group)
@@ -74,6 +73,13 @@ class Ledger:
             event.step, floor.weight_bytes, floor.kv_bytes + floor.stored_bytes, floor.logit_bytes, floor.flops,
             floor.ms, event.run_ms, max(floor.compute_ms - floor.read_ms, 0.0),
         )  # fmt: skip
+
+
+def block_bytes_by_group(llm: LLM) -> list[int]:
+    """Bytes of a block that the layers of each group fill."""
+    model, groups = llm.model_config, llm.storage.groups
+    layer_bytes = llm.config.block_size * model.kv_bytes_per_token // model.num_layers
+    return [layer_bytes * len(layers) for layers in groups.layers]
 
 
 class SharedBlocks:
@@ -168,8 +174,8 @@ class SharedBlocks:
 def keep_ledger(llm: LLM, machine: Accelerator | str | None = None) -> Iterator[Ledger]:
     """Under `with`, each StepRan of `llm.events` is followed by a StepCosted, for whoever listens or records.
 
-    The machine's rates are measured in the process, once, unless an Accelerator is given, or its name. Raises ConfigError where that
-    has no figure for the model's type.
+    The machine's rates are measured in the process, once, unless an Accelerator is given, or its name. Raises
+    ConfigError where that has no figure for the model's type.
     """
     ledger = Ledger.of(llm, machine)
 
