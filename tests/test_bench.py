@@ -18,7 +18,9 @@ from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers,
 from minivllm.bench.table import GPU_RESULTS, KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
 from minivllm.course.calculators import Accelerator
 from minivllm.errors import ConfigError
+from minivllm.events import StepRan
 from minivllm.lab.ledger_table import Steps, ledger_facts, ledger_lines
+from minivllm.llm import LLM
 
 # Of the lists that vLLM 0.26 and nano-vllm were given.
 DIGESTS = {
@@ -181,6 +183,16 @@ def test_bench_engine_draws_the_ledger_and_leaves_its_summary_in_the_result(
     assert json.loads(output.read_text())["rows"][0]["ledger"]["kinds"][-1]["kind"] == "all"
     assert bench.main([*options, "--output", str(output)], drawing) == 0
     assert "ledger" not in json.loads(output.read_text())["rows"][0] and len(drawn) == 3
+
+
+def test_recorded_steps_are_not_hashed_and_later_ones_are(short_workloads: Path) -> None:
+    llm = LLM(short_workloads, dtype="float32", num_blocks=20, show_progress=False)
+    for is_recorded in (True, False):
+        with reference_workloads._listening(llm, is_recorded) as events:
+            llm.generate([[7, 8, 9]], use_tqdm=False)
+        steps = [event for event in events if isinstance(event, StepRan)]
+        assert bool(steps) == is_recorded and all(event.state_hash == "" for event in steps)
+        assert llm.engine.state_hash() and not llm.events
 
 
 @pytest.mark.parametrize(

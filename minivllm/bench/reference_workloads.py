@@ -9,7 +9,8 @@
 
 Each repetition begins with an empty prefix cache; the first one and the best are told apart. The floor is the sum of
 the floors of an ideal engine's steps: all prompts at once, then all requests together, a token each. With a ledger,
-every step of the best repetition is held against its own floor; costs are counted after the run, not during it.
+every step of the best repetition is held against its own floor, however well the steps were chosen; costs are counted
+after the run, not during it.
 """
 
 import time

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
+import torch
+
 from minivllm.course.calculators import Accelerator, accelerator
 from minivllm.events import (
     Added,
@@ -192,4 +194,6 @@ def keep_ledger(llm: LLM, machine: Accelerator | str | None = None) -> Iterator[
 
 @lru_cache
 def _roofs(device: str, dtype: str) -> Accelerator:
-    return measured_roofs(device, dtype)
+    machine = measured_roofs(device, dtype)
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    return machine

@@ -99,7 +99,9 @@ class ModelWork:
 
 def measured_roofs(device: str, dtype: str) -> Accelerator:
     """The best of some reads of one big tensor, and of some products of square matrices, in this process."""
-    num_bytes, side = (4 << 30, 8192) if device == "cuda" else (1 << 29, 1024)
+    num_bytes, side = (4 << 30, 8192) if device == "cuda" else (1 << 28, 1024)
+    if device == "cuda":  # an engine may have left little
+        num_bytes = min(num_bytes, torch.cuda.mem_get_info()[0] // 4) // 4 * 4
     numbers = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(numbers)
     square = torch.randn(side, side, device=device).to(getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""Roofline, KV calculator, timeline, step cost and prefix tree in a real JupyterLab: drawn, moved, played, themed."""
+"""The views of the kit in a real JupyterLab: drawn, moved, played, themed."""
 
 import re
 from collections.abc import Callable
@@ -17,14 +17,19 @@ pytestmark = pytest.mark.browser
 SETUP = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from minivllm.course.calculators import accelerator
+from minivllm.events import StepRan
 from minivllm.lab.fake_runner import fake_engine, fake_request
+from minivllm.lab.ledger import Ledger
+from minivllm.lab.step_floor import ModelWork
 from minivllm.trace import Trace
 from minivllm.views.block_map import BlockMap
 from minivllm.views.kv_calculator import KVCalculator
 from minivllm.views.prefix_tree import PrefixTree
 from minivllm.views.roofline import Roofline
 from minivllm.views.step_cost import Machine, StepCost
+from minivllm.views.step_ledger import StepLedger
 from minivllm.views.step_regimes import StepRegimes
 from minivllm.views.step_timeline import StepTimeline
 
@@ -42,14 +47,21 @@ def run(**options):
 texts = lambda request_id: [{HOSTILE!r}] * 40
 static, continuous = run(batching="static"), run()
 swapping = run(preemption_mode="swap", num_host_blocks=16)
+
+def costed(trace, run_ms=7.0):
+    ledger, events = Ledger(ModelWork("llama-3-8b", "bfloat16"), accelerator("h100"), [2**16]), []
+    for event in trace:
+        event = replace(event, run_ms=run_ms) if isinstance(event, StepRan) else event
+        events += [each for each in (event, ledger.apply(event)) if each]
+    return Trace({{**trace.header, "live": "recorded"}}, events)
 """
 CELLS = (
     SETUP, "Roofline()", "KVCalculator()", "StepRegimes()",
     'StepCost.replay(continuous, Machine("llama-3-8b", "h100"))',
-    'StepTimeline.replay(static, continuous, names=("static", "continuous"))',
+    "StepLedger.replay(costed(continuous))", 'StepTimeline.replay(static, continuous, names=("static", "continuous"))',
     "PrefixTree.replay(continuous, texts)", "BlockMap.replay(swapping)",
 )  # fmt: skip
-VIEWS = ("roofline", "kv-calculator", "step-regimes", "step-cost", "step-timeline", "prefix-tree")
+VIEWS = ("roofline", "kv-calculator", "step-regimes", "step-cost", "step-ledger", "step-timeline", "prefix-tree")
 PLAYING = """
 import time
 moving = Roofline()
@@ -134,6 +146,13 @@ def assert_traces_answer(kit: Notebook) -> None:
     before = cost.locator(".mv-title").text_content() or ""
     cost.get_by_label("previous step").click()
     expect(cost.locator(".mv-title")).not_to_have_text(before)
+    ledger = view(kit, "step-ledger")
+    ledger.get_by_label("kind", exact=True).select_option("decode")
+    expect(ledger.locator(".mv-title")).to_contain_text("decode steps the floor is")
+    ledger.get_by_label("unit", exact=True).select_option("GB")
+    expect(ledger.locator(".mv-title")).to_contain_text("decode steps had to move")
+    press(kit, ledger.get_by_label("step of the recorded run"), "Home")
+    expect(ledger.locator(".mv-title")).to_contain_text("no decode step with a cost")
     assert kit.page.locator("[data-host]").count() == 16  # host memory below the block map
 
 
