@@ -256,6 +256,18 @@ def test_of_experts_one_token_reads_its_own_and_many_tokens_all(small: Callable[
         assert cost.weight_bytes == pytest.approx(step.weight_bytes, rel=0.15)
 
 
+def test_a_step_is_bound_by_compute_where_arithmetic_takes_longer_than_moving(small: Callable[..., LLM]) -> None:
+    llm = small("llama-gqa")
+    slow = Accelerator("slow arithmetic", 2**34, 1e10, {"float32": 1e10}, "this test")
+    with keep_ledger(llm, slow), llm.record() as trace:
+        llm.generate([list(range(7, 107))], GREEDY, use_tqdm=False)
+    prompt, *decodes = costs(trace)
+    moved_ms = (prompt.weight_bytes + prompt.kv_bytes + prompt.logit_bytes) / 1e7
+    assert prompt.unhidden_ms == pytest.approx(prompt.flops / 1e7 - moved_ms)
+    assert prompt.floor_ms == prompt.flops / 1e7 > moved_ms > 0
+    assert len(decodes) == 5 and all(cost.unhidden_ms == 0 < cost.floor_ms for cost in decodes)
+
+
 def test_costs_follow_their_steps_for_everybody_who_listens(small: Callable[..., LLM], tmp_path: Path) -> None:
     llm, heard = small("llama-gqa"), list[Event]()
     stop = llm.events.listen(heard.append)
@@ -299,6 +311,8 @@ def test_a_shared_prefix_is_read_once(small: Callable[..., LLM]) -> None:
         written = sum(new for _, new, _ in ran.scheduled) * llm.model_config.kv_bytes_per_token
         empty = sum(-stored % 4 for _, _, stored in ran.scheduled) * llm.model_config.kv_bytes_per_token
         assert cost.kv_bytes == num_blocks * block_bytes - empty + written
+        assert cost.logit_bytes == 2 * 4 * llm.model_config.vocab_size * len(ran.scheduled)  # of a fork's samples one
+    assert any(len(ran.new_tokens) > len(ran.scheduled) for ran in trace if isinstance(ran, StepRan))
 
 
 def test_a_ledger_that_comes_late_knows_the_blocks_in_use(small: Callable[..., LLM]) -> None:

@@ -85,7 +85,7 @@ def draw(rows: Sequence[LedgerRow], chosen: LedgerControls, origin: str = "", is
     shown, unit = chosen_rows(rows, chosen), UNITS[chosen.unit]
     bars, total, groups = bars_of(shown, unit), summed(shown), by_group(shown)
     per_bar = -(-len(shown) // NUM_BARS)
-    title = _title(groups, total, chosen, is_live)
+    title = _title(groups, total, chosen, is_live) if shown else _empty(chosen, is_live, has_rows=bool(rows))
     axis = f"{unit.axis}, means of {per_bar} in a row" if per_bar > 1 else unit.axis
     ends = (rows[0].step, rows[-1].step, min(chosen.step or rows[-1].step, rows[-1].step)) if rows else None
     kinds = {name for bar in bars for name in bar.parts}
@@ -140,10 +140,15 @@ def remainder(each: LedgerSum) -> float:
     return max(each.remainder_ms, 0.0)
 
 
+def _empty(chosen: LedgerControls, is_live: bool, *, has_rows: bool) -> str:
+    told, kind = "Live" if is_live else "Recorded", "" if chosen.kind == "all" else f"{chosen.kind} "
+    if has_rows:
+        return f"{told}: up to this step there is no {kind}step; choose a later one or another kind."
+    return f"{told}: no step has a cost; let keep_ledger(llm) listen while the engine runs."
+
+
 def _title(groups: Sequence[LedgerSum], total: LedgerSum, chosen: LedgerControls, is_live: bool) -> str:
     told, what = "Live" if is_live else "Recorded", "step" if chosen.kind == "all" else f"{chosen.kind} step"
-    if not total.num_steps:
-        return f"{told}: no {what} with a cost is here; let keep_ledger(llm) listen while the engine runs."
     steps = counted(total.num_steps, what)
     if chosen.unit == "GB":
         moved = sorted(((total.weight_bytes, "weights"), (total.kv_bytes, "K and V"), (total.logit_bytes, "logits")))

@@ -152,7 +152,10 @@ def assert_traces_answer(kit: Notebook) -> None:
     ledger.get_by_label("unit", exact=True).select_option("GB")
     expect(ledger.locator(".mv-title")).to_contain_text("decode steps had to move")
     press(kit, ledger.get_by_label("step of the recorded run"), "Home")
-    expect(ledger.locator(".mv-title")).to_contain_text("no decode step with a cost")
+    expect(ledger.locator(".mv-title")).to_contain_text("there is no decode step")
+    press(kit, ledger.get_by_label("step of the recorded run"), "End")
+    ledger.get_by_label("unit", exact=True).select_option("ms")
+    expect(ledger.locator(".mv-title")).to_contain_text("decode steps the floor is")
     assert kit.page.locator("[data-host]").count() == 16  # host memory below the block map
 
 
