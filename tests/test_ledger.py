@@ -17,13 +17,10 @@ from minivllm import LLM, SamplingParams
 from minivllm.attention.latent_torch import prefers_absorbed
 from minivllm.course.calculators import Accelerator, num_parameters
 from minivllm.course.step_ledger import FloorParts, LedgerFold, by_group, cost_line, ledger_rows, row_of, summed
+from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan, StepResult
 from minivllm.errors import ConfigError
 from minivllm.events import (
-    Added,
-    BlockCopied,
-    BlockExchanged,
-    BlocksDropped,
     BlocksReleased,
     BlocksTaken,
     Event,
@@ -31,10 +28,10 @@ from minivllm.events import (
     PrefixHit,
     StepCosted,
     StepRan,
-    SwappedIn,
 )
 from minivllm.lab import ledger as ledger_module
 from minivllm.lab.counted_steps import flop_counter
+from minivllm.lab.fake_runner import fake_engine, fake_request
 from minivllm.lab.ledger import SharedBlocks, keep_ledger
 from minivllm.lab.step_floor import ModelWork
 from minivllm.trace import Trace
@@ -330,35 +327,65 @@ def test_a_ledger_that_comes_late_knows_the_blocks_in_use(small: Callable[..., L
     assert cost.kv_bytes == tokens * llm.model_config.kv_bytes_per_token
 
 
-def test_blocks_shared_in_a_step_follow_every_event_that_moves_them() -> None:
-    sharing = SharedBlocks(2)
+LIVES: list[dict[str, Any]] = [
+    {"num_blocks": 9, "max_model_len": 32},
+    {"prefix_cache": "radix", "max_model_len": 20},
+    {"preemption_mode": "swap", "num_host_blocks": 8, "num_blocks": 7, "max_model_len": 20},
+    {"group_windows": (None, 5), "num_blocks": 40},
+]
 
-    def spared(*ids: str) -> list[int]:
-        sharing.schedule(ids)
-        found = [*sharing.num_spared]
-        sharing.end_step()
-        return found
 
-    def tell(*events: Event) -> None:
-        for event in events:
+@pytest.mark.parametrize("is_async", [False, True], ids=["one by one", "launched ahead"])
+@pytest.mark.parametrize("options", LIVES, ids=["small pool", "radix", "swap", "windows"])
+def test_shared_blocks_are_those_of_the_tables_that_the_runner_was_given(
+    options: dict[str, Any], is_async: bool
+) -> None:
+    """Random lives with hits, forks, copies, exchanges, preemptions, windows and aborts; every step to the block."""
+    seen, most = set[type[Event]](), 0
+    for seed in range(12):
+        random, (engine, runner) = Random(seed), fake_engine(**options)
+        runner.is_async = is_async
+        groups = range(len(engine.config.group_windows) or 1)
+        sharing, truth, told = SharedBlocks(len(groups)), dict[int, list[int]](), dict[int, list[int]]()
+
+        def given(plan: StepPlan, truth: dict[int, list[int]] = truth, groups: range = groups) -> None:
+            held = [[id_ for r, _ in plan.scheduled for id_ in r.tables[group].block_ids if id_] for group in groups]
+            truth[plan.step] = [len(ids) - len({*ids}) for ids in held]
+
+        def hear(event: Event, sharing: SharedBlocks = sharing, told: dict[int, list[int]] = told) -> None:
+            seen.add(type(event))
             sharing.apply(event)
+            if isinstance(event, StepRan):
+                sharing.begin_step(event.step, tuple(id_ for id_, _, _ in event.scheduled))
+                told[event.step] = [*sharing.num_spared]
+                sharing.end_step(event.step)
 
-    tell(BlocksTaken(1, "a", (1, 2, 3)), PrefixHit(1, "b", (0, 1, 2), 8), BlocksTaken(1, "b", (9,), 1))
-    assert spared("a", "b") == [2, 0] and spared("a") == [0, 0] and spared("a", "b") == [2, 0]
-    tell(Forked(2, "c", "b", (1, 2), 8, ((9,),)))
-    assert spared("a", "b", "c") == [4, 1]
-    tell(BlockCopied(3, "c", 2, 4))
-    assert spared("a", "b", "c") == [3, 1]
-    tell(BlockExchanged(3, "a", 3, 4), BlocksDropped(3, "c", (9,), 1))
-    assert spared("a", "b", "c") == [3, 1] and spared("a", "b", "c") == [4, 0]  # from the next step on
-    tell(BlocksReleased(4, "b", (1, 2, 9)))
-    assert spared("a", "b", "c") == [4, 0] and spared("a", "c") == [2, 0]
-    tell(BlocksReleased(5, "c", (1, 4)), Added(5, "c", 4, 4, 0), SwappedIn(5, "c", (5, 6), (1, 1), (0, 0)))
-    assert spared("a", "c") == [0, 0] and spared("c", "a") == [0, 0]
-    tell(BlocksTaken(6, "c", (1,)))
-    assert spared("a", "c") == [1, 0]
-    tell(BlocksReleased(7, "a", (1, 2, 4)), BlocksReleased(7, "c", (1, 5, 6)))
-    assert spared("a", "c") == [1, 0] and spared() == [0, 0] and not sharing._users
+        runner.before = given
+        engine.events.listen(hear)
+        live(engine, random)
+        assert told == truth
+        most = max(most, *(sum(each) for each in told.values()))
+    assert most > 5 and {BlocksTaken, BlocksReleased, Forked} <= seen
+
+
+def live(engine: Engine, random: Random) -> None:
+    """Requests with a common beginning come, fork and are aborted while others run; ids are used again."""
+    for i in range(14):
+        prompt = [*range(8), *(random.randrange(3) for _ in range(random.randrange(6)))]
+        if (name := f"r{i % 9}") not in engine.requests:
+            engine.add(fake_request(name, prompt, max_tokens=random.randint(1, 8), priority=-i))
+        for _ in range(random.randrange(3)):
+            if engine.has_work:
+                engine.step()
+        chance = random.random()
+        if chance < 0.4:
+            engine.catch_up()
+        if chance < 0.3 and engine.requests:
+            engine.fork(random.choice([*engine.requests]), f"f{i}")
+        elif chance > 0.9 and engine.requests:
+            engine.abort(random.choice([*engine.requests]))
+    while engine.has_work:
+        engine.step()
 
 
 def test_rows_are_the_two_events_of_a_step_and_their_sums() -> None:

@@ -17,7 +17,6 @@ import torch
 
 from minivllm.course.calculators import Accelerator, accelerator
 from minivllm.events import (
-    Added,
     BlockCopied,
     BlockExchanged,
     BlocksDropped,
@@ -64,13 +63,13 @@ class Ledger:
             self.sharing.apply(event)
             return None
         ids, new, stored = zip(*event.scheduled, strict=True) if event.scheduled else ((), (), ())
-        self.sharing.schedule(ids)
+        self.sharing.begin_step(event.step, ids)
         got_token, _ = zip(*event.new_tokens, strict=True) if event.new_tokens else ((), ())
         # of samples that fork off a prompt all draw from its row
         num_logits = len(ids) if got_token == ids else len({*ids}.intersection(got_token))
         shared = sum(n * size for n, size in zip(self.sharing.num_spared, self.block_bytes, strict=True))
         floor = self.work.floor_of(new, stored, num_logits, self.machine, shared)
-        self.sharing.end_step()
+        self.sharing.end_step(event.step)
         return StepCosted(
             event.step, floor.weight_bytes, floor.kv_bytes + floor.stored_bytes, floor.logit_bytes, floor.flops,
             floor.ms, event.run_ms, max(floor.compute_ms - floor.read_ms, 0.0),
@@ -87,7 +86,8 @@ def block_bytes_by_group(llm: LLM) -> list[int]:
 class SharedBlocks:
     """How many block reads a step is spared because several of its requests have the same block.
 
-    What a step's end lets go or exchanges was still read by the step: it counts from the next one on.
+    A step may be scheduled before the one before it has ended, so events wait for the step whose number they bear:
+    before it is counted, tables grow as it was scheduled; what was let go or exchanged since, it still read.
     """
 
     def __init__(self, num_groups: int) -> None:
@@ -96,27 +96,21 @@ class SharedBlocks:
         self._scheduled: tuple[str, ...] = ()
         self._active: set[str] = set()  # the same, of the last step: their blocks are in _users
         self._users: dict[int, int] = {}  # block id -> how many
+        self._growing: list[Event] = []
         self._ending: list[Event] = []
 
     def apply(self, event: Event) -> None:
-        match event:
-            case BlocksTaken() | PrefixHit():
-                self.extend(event.request_id, event.block_ids, event.group)
-            case BlocksReleased() | BlocksDropped() | BlockExchanged():
-                self._ending.append(event)
-            case Added(request_id=id_) if id_ in self._tables:  # an id that an earlier request had
-                self.end_step()
-            case Forked() if event.block_ids:
-                for group, block_ids in enumerate((event.block_ids, *event.other_tables)):
-                    self.extend(event.request_id, block_ids, group)
-            case SwappedIn():
-                for group, table in enumerate(event.tables):
-                    self.extend(event.request_id, table, group)
-            case BlockCopied():
-                self._replace(event.request_id, event.source_id, event.block_id)
+        if isinstance(event, BlocksTaken | PrefixHit | Forked | SwappedIn | BlockCopied):
+            self._growing.append(event)
+        elif isinstance(event, BlocksReleased | BlocksDropped | BlockExchanged):
+            self._ending.append(event)
 
-    def schedule(self, request_ids: tuple[str, ...]) -> None:
+    def begin_step(self, step: int, request_ids: tuple[str, ...]) -> None:
         """These requests read their blocks in the step, and no others."""
+        self.end_step(step - 1)
+        growing, self._growing = _until(step, self._growing)
+        for event in growing:
+            self._grow(event)
         if request_ids == self._scheduled:
             return
         self._scheduled, now = request_ids, set(request_ids)
@@ -126,8 +120,8 @@ class SharedBlocks:
             self._join(self._tables.get(id_, {}))
         self._active = now
 
-    def end_step(self) -> None:
-        ending, self._ending = self._ending, []
+    def end_step(self, step: int) -> None:
+        ending, self._ending = _until(step, self._ending)
         for event in ending:
             match event:
                 case BlocksReleased(request_id=id_):
@@ -138,6 +132,19 @@ class SharedBlocks:
                     self._drop(id_, event.block_ids)
                 case BlockExchanged(request_id=id_):
                     self._replace(id_, event.block_id, event.cached_id)
+
+    def _grow(self, event: Event) -> None:
+        match event:
+            case BlocksTaken() | PrefixHit():
+                self.extend(event.request_id, event.block_ids, event.group)
+            case Forked() if event.block_ids:
+                for group, block_ids in enumerate((event.block_ids, *event.other_tables)):
+                    self.extend(event.request_id, block_ids, group)
+            case SwappedIn():
+                for group, table in enumerate(event.tables):
+                    self.extend(event.request_id, table, group)
+            case BlockCopied():
+                self._replace(event.request_id, event.source_id, event.block_id)
 
     def extend(self, id_: str, block_ids: Iterable[int], group: int) -> None:
         """Blocks were appended to a request's table for a group of layers."""
@@ -170,6 +177,13 @@ class SharedBlocks:
             if num_users:
                 self._users[block_id] = num_users
                 self.num_spared[group] -= 1
+
+
+def _until(step: int, events: list[Event]) -> tuple[list[Event], list[Event]]:
+    """Those of this step or before, and those of later ones."""
+    if not events or events[-1].step <= step:  # they come in order
+        return events, []
+    return [event for event in events if event.step <= step], [event for event in events if event.step > step]
 
 
 @contextmanager
