@@ -6,17 +6,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import xxhash
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from minivllm.bench import engine as bench
 from minivllm.bench import policies, reference_workloads
 from minivllm.bench.engine import Draw
-from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers, measure
+from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers, measure, text
 from minivllm.bench.table import GPU_RESULTS, KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
 from minivllm.course.calculators import Accelerator
+from minivllm.default_model import fetch_default_model
 from minivllm.errors import ConfigError
 from minivllm.events import StepRan
 from minivllm.lab.ledger_table import Steps, ledger_facts, ledger_lines
@@ -91,6 +93,15 @@ def test_workloads_are_the_reference_lists() -> None:
         name: f"{xxhash.xxh3_64(json.dumps(both).encode()).intdigest():016x}"[:8] for name, both in lists.items()
     }
     assert digests == DIGESTS
+
+
+def test_text_is_what_the_tokenizer_reads_in_help_topics() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(fetch_default_model(show_progress=False))
+    prompts, num_out = text(512, tokenizer)
+    assert {len(prompt) for prompt in prompts} == {128} and num_out == [128] * 512
+    assert any(tokenizer.decode(prompts[0])[:40] in topic for topic in topics.values())
+    with pytest.raises(ConfigError, match=r"text32 is text, and qwen3-0.6b has no tokenizer here; leave it out"):
+        measure(["text32"], EngineChoice("qwen3-0.6b", "float32", "dummy"), 1)
 
 
 def test_workload_rows_tell_first_best_and_floor(reference_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers, measure
+from minivllm.bench.reference_workloads import TEXTS, WORKLOADS, EngineChoice, Ledgers, measure
 from minivllm.bench.rivals import load_rival, run_continuous, run_generate
 from minivllm.engine.plan import StepPlan
 from minivllm.errors import ConfigError
@@ -51,7 +51,7 @@ def main(argv: Sequence[str], ledger_drawing: Callable[[], Draw] | None = None) 
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", default="decode,mixed,prefix,overhead", help="comma-separated, of these four")
-    parser.add_argument("--workload", help="instead: comma-separated, of " + ", ".join(WORKLOADS))
+    parser.add_argument("--workload", help="instead: comma-separated, of " + ", ".join((*WORKLOADS, *TEXTS)))
     parser.add_argument("--load-format", default="auto", help="with --workload: dummy for random weights")
     parser.add_argument("--block-size", type=int, default=16, help="with --workload")
     parser.add_argument("--enforce-eager", action="store_true", help="with --workload: no CUDA graphs")

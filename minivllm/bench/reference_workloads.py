@@ -1,4 +1,4 @@
-"""Six workloads that engines are compared on, the same token lists for each: `minivllm bench engine --workload NAME`.
+"""Workloads that engines are compared on, the same token lists for each: `minivllm bench engine --workload NAME`.
 
     nano      256 prompts of 100 to 1024 tokens, as many out     nano-vllm's own benchmark
     single    one prompt of 128, 512 out                         what a step costs beside the weights
@@ -6,6 +6,7 @@
     longctx   32 prompts of 8192, 128 out                        decode over long contexts
     prefill   64 prompts of 4096, 1 out                          prompts alone
     prefix    256 prompts of 2048 shared + 128 own, 64 out       a prefix read by everybody
+    text32    32 prompts of 128, 128 out (also text1, text512)   Python's help topics, for a model that has a tokenizer
 
 Each repetition begins with an empty prefix cache; the first one and the best are told apart. The floor is the sum of
 the floors of an ideal engine's steps: all prompts at once, then all requests together, a token each. With a ledger,
@@ -16,19 +17,22 @@ after the run, not during it.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 
 from tqdm import tqdm
 
+from minivllm.defaults import load_tokenizer
 from minivllm.errors import ConfigError
 from minivllm.events import Event
+from minivllm.lab.corpus import help_topics, packed
 from minivllm.lab.ledger import block_bytes_by_group
 from minivllm.lab.ledger_table import Steps, ledger_facts, ledger_lines, steps_of
 from minivllm.lab.step_floor import ModelWork, measured_roofs
 from minivllm.llm import LLM
+from minivllm.outputs import Tokenizer
 from minivllm.request import SamplingParams
-from minivllm.weights import find_model
+from minivllm.weights import ModelSource, find_model
 
 Lists = tuple[list[list[int]], list[int]]  # prompts, and how many tokens each is to get
 MAX_NUM_SEQS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN = 512, 16384, 16384
@@ -62,6 +66,14 @@ WORKLOADS: dict[str, Callable[[], Lists]] = {
 }
 
 
+TEXTS = {"text1": 1, "text32": 32, "text512": 512}  # requests of each
+
+
+def text(num_seqs: int, tokenizer: Tokenizer) -> Lists:
+    """128 tokens of Python's help topics each, and as many out."""
+    return packed(help_topics(held_out=False), tokenizer, 128)[:num_seqs].tolist(), [128] * num_seqs
+
+
 @dataclass(frozen=True)
 class EngineChoice:
     """The engine that is measured."""
@@ -89,14 +101,16 @@ def measure(
     names: Sequence[str], choice: EngineChoice, repeats: int, ledgers: Ledgers | None = None
 ) -> list[dict[str, object]]:
     """Rows of the result file, one a workload; the machine's own rates are measured once the engine is gone."""
-    unknown = set(names) - set(WORKLOADS)
-    if unknown:
-        raise ConfigError(f"--workload: {unknown.pop()!r} is not one of {', '.join(WORKLOADS)}")
-    lists = {name: WORKLOADS[name]() for name in names}
-    work = ModelWork(find_model(choice.model, choice.load_format).config, choice.dtype)
+    known = (*WORKLOADS, *TEXTS)
+    if unknown := set(names) - set(known):
+        raise ConfigError(f"--workload: {unknown.pop()!r} is not one of {', '.join(known)}")
+    source = find_model(choice.model, choice.load_format)
+    lists = {name: _lists(name, source) for name in names}
+    work = ModelWork(source.config, choice.dtype)
     longest = max(len(prompt) + n for prompts, outs in lists.values() for prompt, n in zip(prompts, outs, strict=True))
     started_s = time.perf_counter()
-    llm = LLM(**asdict(choice), max_model_len=max(longest, MAX_MODEL_LEN))
+    most = int(str(source.config.get("max_position_embeddings", MAX_MODEL_LEN)))
+    llm = LLM(**asdict(choice), max_model_len=max(longest, min(most, MAX_MODEL_LEN)))
     start_s = time.perf_counter() - started_s
     runs = [_run(name, llm, lists[name], repeats, is_recorded=ledgers is not None) for name in names]
     device, block_bytes = llm.device, block_bytes_by_group(llm)
@@ -118,6 +132,15 @@ def measure(
     return rows
 
 
+def _lists(name: str, source: ModelSource) -> Lists:
+    if name in WORKLOADS:
+        return WORKLOADS[name]()
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ConfigError(f"--workload: {name} is text, and {source.name} has no tokenizer here; leave it out")
+    return text(TEXTS[name], tokenizer)
+
+
 def shared_tokens(prompts: list[list[int]]) -> int:
     """Tokens that all prompts begin with, if there are several: shared_tokens([[1, 2, 3], [1, 2, 4]]) == 2."""
     if len(prompts) == 1:
@@ -136,7 +159,8 @@ class Run:
 
 def _run(name: str, llm: LLM, lists: Lists, repeats: int, *, is_recorded: bool) -> Run:
     prompts, num_out = lists
-    params = [SamplingParams(temperature=TEMPERATURE, max_tokens=n, ignore_eos=True, detokenize=False) for n in num_out]
+    wish = SamplingParams(temperature=TEMPERATURE, ignore_eos=True, detokenize=name in TEXTS)
+    params = [replace(wish, max_tokens=n) for n in num_out]
     run = Run()
     for _ in tqdm(range(repeats), desc=name):
         llm.reset_prefix_cache()
