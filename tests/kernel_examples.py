@@ -108,7 +108,8 @@ def attend(
 
 def prefix(paged: Paged) -> None:
     workspace = SplitWorkspace.allocate(CPU, 16 * 32 * 16, paged.heads[0], paged.head_size)
-    inputs = (paged.q(16), paged.cache(), paged.cache(), ints(16, 32), ints(16), ints(16), ints(3), paged.q(16))
+    groups = (ints(16), ints(3), ints(16))
+    inputs = (paged.q(16), paged.cache(), paged.cache(), ints(16, 32), ints(16), *groups, paged.q(16))
     shared_prefix_decode(*inputs, workspace, max_own_tokens=1024)
 
 

@@ -40,10 +40,10 @@ def decode_hopper(case: PagedCase, out: torch.Tensor, workspace: SplitWorkspace)
 def share_nothing(workspace: SplitWorkspace, num_requests: int, config: PrefixConfig | None = None) -> Launch:
     """Groups of one request, and no prefix."""
     alone = torch.arange(num_requests + 1, dtype=torch.int32, device=DEVICE)
-    nothing = torch.zeros_like(alone[1:])
+    groups = (torch.zeros_like(alone[1:]), alone, alone[:-1])
 
     def run(case: PagedCase, out: torch.Tensor) -> None:
-        inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, nothing, alone, out)
+        inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, *groups, out)
         shared_prefix_decode(*inputs, workspace, max_own_tokens=512, config=config)
 
     return run

@@ -10,7 +10,6 @@ from minivllm_kernels.attention_configs import decode_config
 from minivllm_kernels.configs import num_multiprocessors
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.reference import paged_attention_twin
-from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 from minivllm_kernels.workspace import SplitWorkspace
 
 from tests.kernel_cases import DEVICE, DTYPES, HAS_GPU, TOLERANCE, PagedCase, paged_case, relative_error
@@ -146,19 +145,6 @@ def test_more_parts_than_the_merge_reads_at_a_time() -> None:
     assert relative_error(decode(case, split_tokens=tile), twin(case)) < TOLERANCE[torch.float32]
 
 
-def test_a_prefix_shorter_than_its_splits() -> None:
-    case = paged_case([1] * 2, [17, 40], heads=(3, 1))
-    case.block_table[1, 0] = case.block_table[0, 0]
-    workspace = SplitWorkspace.allocate(DEVICE, 2 * 3 * 16, 3, 64)
-    out = torch.full_like(case.q, math.nan)
-    shared, groups = torch.full_like(case.num_tokens, 16), torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
-    shared_prefix_decode(
-        case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, shared, groups, out, workspace,
-        max_own_tokens=24,
-    )  # fmt: skip
-    assert relative_error(out, twin(case)) < TOLERANCE[torch.float32]
-
-
 @pytest.mark.parametrize("split_tokens", [None, 128], ids=["equal shares", "fixed split"])
 def test_block_tables_may_be_a_slice_of_a_wider_buffer(split_tokens: int | None) -> None:
     case = paged_case([1] * 2, [20, 70])
@@ -175,43 +161,6 @@ def test_an_empty_batch_is_no_work() -> None:
         case.q[:0], case.k_cache, case.v_cache, case.block_table[:0], case.num_tokens[:0], case.query_starts[:1]
     )  # fmt: skip
     assert decode(empty).shape == (0, 4, 64)
-
-
-def prefix_case(
-    group_sizes: list[int], prefixes: list[int], own: list[int], dtype: torch.dtype, block_size: int = 16
-) -> tuple[PagedCase, torch.Tensor, torch.Tensor]:
-    """Requests whose tables begin with their group's blocks; with prefix_tokens and group_starts."""
-    of_request = [group for group, size in enumerate(group_sizes) for _ in range(size)]
-    lengths = [prefixes[group] + tail for group, tail in zip(of_request, own, strict=True)]
-    case = paged_case([1] * len(own), lengths, heads=(6, 2), block_size=block_size, dtype=dtype)
-    first = 0
-    for size, prefix in zip(group_sizes, prefixes, strict=True):
-        shared = case.block_table[first, : prefix // block_size].clone()
-        case.block_table[first : first + size, : prefix // block_size] = shared
-        first += size
-    prefix_tokens = torch.tensor([prefixes[group] for group in of_request], dtype=torch.int32, device=DEVICE)
-    group_starts = torch.tensor([0, *group_sizes]).cumsum(0).int().to(DEVICE)
-    return case, prefix_tokens, group_starts
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("group_sizes", "prefixes"),
-    [([7], [160]), ([1, 5, 1], [0, 48, 16]), ([3, 3, 1], [16, 320, 0]), ([7], [0])],
-    ids=["one group", "a group among loners", "short and long", "nothing shared"],
-)
-def test_shared_prefix_is_exact(group_sizes: list[int], prefixes: list[int], dtype: torch.dtype) -> None:
-    own = [1, 17, 130, 16, 3, 64, 9]
-    case, prefix_tokens, group_starts = prefix_case(group_sizes, prefixes, own, dtype=dtype)
-    workspace = SplitWorkspace.allocate(DEVICE, 7 * 6 * 16, 3, 64)
-    workspace.parts.fill_(math.nan)
-    workspace.lse.fill_(math.nan)
-    out = torch.full_like(case.q, math.nan)
-    shared_prefix_decode(
-        case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, prefix_tokens, group_starts, out,
-        workspace, max_own_tokens=130,
-    )  # fmt: skip
-    assert relative_error(out, twin(case)) < TOLERANCE[dtype]
 
 
 def bad(change: str) -> dict[str, Any]:

@@ -182,8 +182,8 @@ def test_own_keys_behind_a_shared_prefix(decode: Decode, prefix: int, head_size:
     workspace.lse.fill_(math.nan)
     out = torch.full_like(case.q, math.nan)
     shared = torch.full_like(case.num_tokens, prefix // 16 * 16)
-    groups = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
-    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, shared, groups, out)
+    starts, members = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in ([0, 2, 5], [4, 1, 0, 3, 2]))
+    inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, shared, starts, members, out)
     shared_prefix_decode.shared_prefix_decode(*inputs, workspace, max_own_tokens=310, config=config)
     expected = paged_attention_twin(
         case.q, case.k_cache, case.v_cache, case.block_table, case.num_tokens, case.query_starts

@@ -96,8 +96,14 @@ class PrefixConfig:
     num_stages: int
     own: DecodeConfig
     stream: HopperDecodeConfig | None = None  # for own keys by equal shares instead, where paged_decode_hopper fits
-    own_split_tokens: int = 1024
+    own_split_tokens: int = 1024  # more where more than most_own_parts would be needed
+    most_own_parts: int = 4
     most_splits: int = 8
+
+    def own_parts(self, max_own_tokens: int) -> tuple[int, int]:
+        """How many tokens a part of own keys has, and how many parts there are."""
+        split_tokens = max(self.own_split_tokens, next_power_of_2(-(-max_own_tokens // self.most_own_parts)))
+        return split_tokens, -(-max_own_tokens // split_tokens)
 
     def num_splits(self, num_tiles: int, num_sms: int) -> int:
         """Parts of the prefix: enough programs for every multiprocessor, few enough parts to merge."""
@@ -111,13 +117,8 @@ class PrefixConfig:
 
 PREFIX = {
     "hopper": PrefixConfig(
-        rows=64,
-        tile_bytes=16384,
-        num_warps=4,
-        num_stages=3,
-        own=DECODE["hopper"],
+        rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["hopper"], most_splits=2,
         stream=HopperDecodeConfig(tile_bytes=16384, num_stages=5, programs_per_sm=1),  # beside a prefix program
-        most_splits=2,
     ),
     "blackwell": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["blackwell"]),
     "ampere": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=2, own=DECODE["ampere"]),
@@ -125,7 +126,7 @@ PREFIX = {
     "interpreter": PrefixConfig(
         rows=16, tile_bytes=8192, num_warps=4, num_stages=1, own=DECODE["interpreter"], own_split_tokens=128
     ),
-}
+}  # fmt: skip
 
 
 def prefix_config(device: torch.device) -> PrefixConfig:

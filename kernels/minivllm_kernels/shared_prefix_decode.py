@@ -37,8 +37,8 @@ from minivllm_kernels.workspace import SplitWorkspace
 
 @triton.jit(do_not_specialize=["num_groups", "num_slots"])
 def prefix_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, prefix_ptr, group_starts_ptr, parts_ptr, lse_ptr, num_groups, num_slots,
-    scale, soft_cap, stride_q, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
+    q_ptr, k_ptr, v_ptr, table_ptr, prefix_ptr, group_starts_ptr, members_ptr, parts_ptr, lse_ptr, num_groups,
+    num_slots, scale, soft_cap, stride_q, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PREFIX_TILE: tl.constexpr, HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -56,18 +56,19 @@ def prefix_kernel(
         first = tl.load(group_starts_ptr + group)
         size = tl.load(group_starts_ptr + group + 1) - first
         tile -= tl.sum(tl.where(groups == group, ends - tiles, 0))
-        prefix = shared_keys(prefix_ptr, first, PREFIX_TILE)
+        leader = tl.load(members_ptr + first)
+        prefix = shared_keys(prefix_ptr, leader, PREFIX_TILE)
         if prefix > 0:
             rows, columns = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-            requests, heads = (first + rows // GROUP).to(tl.int64), rows % GROUP  # row = (request, head in its group)
-            is_row = rows < size * GROUP
+            is_row, heads = rows < size * GROUP, rows % GROUP  # row = (member, head of its KV head)
+            requests = tl.load(members_ptr + first + rows // GROUP, mask=is_row, other=0).to(tl.int64)
             is_kept = is_row[:, None] & (columns < HEAD_SIZE)[None, :]
             q_rows = requests * stride_q + (head * GROUP + heads) * stride_q_head
             q = tl.load(q_ptr + q_rows[:, None] + columns[None, :], mask=is_kept, other=0.0)
             split_tokens = tl.cdiv(tl.cdiv(prefix, num_splits), TILE) * TILE
             peak, total, output = attend_tiles(
                 q, k_ptr + head * stride_kv_head, v_ptr + head * stride_kv_head,
-                table_ptr + first.to(tl.int64) * stride_table,
+                table_ptr + leader.to(tl.int64) * stride_table,
                 split * split_tokens, tl.minimum((split + 1) * split_tokens, prefix), 0,
                 scale, soft_cap, stride_block, stride_slot, HEAD_SIZE, BLOCK_SIZE, TILE, False, HAS_CAP, PRECISION,
             )  # fmt: skip
@@ -86,6 +87,7 @@ def shared_prefix_decode(
     num_tokens: torch.Tensor,
     prefix_tokens: torch.Tensor,
     group_starts: torch.Tensor,
+    members: torch.Tensor,
     out: torch.Tensor,
     workspace: SplitWorkspace,
     *,
@@ -97,19 +99,17 @@ def shared_prefix_decode(
 ) -> None:
     """`paged_decode` where request r shares its first prefix_tokens[r] keys with its whole group.
 
-    Groups are runs of requests: group g is requests group_starts[g] .. group_starts[g + 1] - 1 (int32 [G + 1], from 0
-    to B); its block tables begin with the same blocks and its prefix_tokens [B] are equal; 0 means nothing is shared.
-    `max_own_tokens` bounds num_tokens - prefix_tokens: keys beyond it are not seen, and only the GPU could tell. The
-    workspace takes B * H * (parts of a prefix + parts of own keys) rows. With a `side_stream` the prefix (arithmetic)
-    runs beside the own keys (memory). A layer with a sliding window gains nothing here: call `paged_decode`.
+    Group g is the requests members[group_starts[g] : group_starts[g + 1]] (int32 [B] and [G + 1]), each in one group at
+    most; their block tables begin with the same blocks, their prefix_tokens [B] are equal. A request without a group
+    shares nothing: its prefix_tokens are 0. `max_own_tokens` bounds num_tokens - prefix_tokens: keys beyond it are not
+    seen, and only the GPU could tell; `workspace_rows` says what room it takes. With a `side_stream` the prefix
+    (arithmetic) runs beside the own keys (memory). A layer with a sliding window gains nothing: call `paged_decode`.
     Raises ValueError for shapes, types and workspaces that do not fit. Allocates nothing; fit for a CUDA graph.
     """
     config = config or prefix_config(q.device)
     inputs = (q, k_cache, v_cache, block_table, num_tokens)
     arguments = decode_arguments(*inputs, out, scale, None, soft_cap, config.own)
-    check_index("prefix_tokens", prefix_tokens, (len(q),), q.device)
-    check_index("group_starts", group_starts, (len(group_starts),), q.device)
-    require(len(group_starts) >= 2, "group_starts needs G + 1 entries, from 0 to the number of requests")
+    _check_groups(prefix_tokens, group_starts, members, q)
     if len(q) == 0:
         return
     require(max_own_tokens > 0, f"max_own_tokens is {max_own_tokens}: pass the most keys a request has of its own")
@@ -120,11 +120,29 @@ def shared_prefix_decode(
     if side_stream is not None:
         side_stream.wait_stream(torch.cuda.current_stream(q.device))
     with torch.cuda.stream(side_stream):
-        _store_prefix(inputs, prefix_tokens, group_starts, parts, arguments, config, cuts)
+        _store_prefix(inputs, (prefix_tokens, group_starts, members), parts, arguments, config, cuts)
     _store_own(inputs, prefix_tokens, workspace, parts, arguments, cuts)
     if side_stream is not None:
         torch.cuda.current_stream(q.device).wait_stream(side_stream)
     merge_chunks(inputs, prefix_tokens, out, parts, arguments, cuts.chunking)
+
+
+def _check_groups(
+    prefix_tokens: torch.Tensor, group_starts: torch.Tensor, members: torch.Tensor, q: torch.Tensor
+) -> None:
+    check_index("prefix_tokens", prefix_tokens, (len(q),), q.device)
+    check_index("group_starts", group_starts, (len(group_starts),), q.device)
+    check_index("members", members, (len(q),), q.device)
+    require(len(group_starts) >= 2, "group_starts needs G + 1 entries: where each group begins, where the last ends")
+
+
+def workspace_rows(device: torch.device, num_requests: int, num_heads: int, group: int, max_own_tokens: int) -> int:
+    """Rows of a workspace that any launch of up to `num_requests` requests fits in."""
+    config, num_sms = prefix_config(device), num_multiprocessors(device)
+    _, num_parts = config.own_parts(max_own_tokens)
+    cut_rows = 2 * config.stream.shares_per_sm * num_sms * group if config.stream else 0
+    prefix_rows = max(num_requests * num_heads, num_sms * config.rows)  # one split each, or tiles for every SM
+    return cut_rows + prefix_rows + num_requests * num_heads * num_parts
 
 
 @dataclass(frozen=True)
@@ -141,12 +159,13 @@ def _cut(inputs: tuple[torch.Tensor, ...], num_groups: int, max_own_tokens: int,
     """What the shapes say; what the lengths say, only the GPU knows."""
     q, k_cache, v_cache = inputs[:3]
     num_sms, num_kv_heads = num_multiprocessors(q.device), k_cache.shape[2]
-    row_tiles = triton.cdiv(len(q) * (q.shape[1] // num_kv_heads), config.rows) + num_groups - 1
-    num_splits = config.num_splits(num_kv_heads * row_tiles, num_sms)
+    full_tiles = triton.cdiv(len(q) * (q.shape[1] // num_kv_heads), config.rows)
+    row_tiles = full_tiles + num_groups - 1  # every group but one may end in a tile that it does not fill
+    num_splits = config.num_splits(num_kv_heads * full_tiles, num_sms)
     stream = config.stream
     if stream is None or decode_obstacle(q, k_cache, v_cache) is not None:
-        num_slots = num_splits + triton.cdiv(max_own_tokens, config.own_split_tokens)
-        return _Cuts(row_tiles, Chunking(config.own_split_tokens, num_slots, num_splits, prefix_tile=1), None, 0)
+        split_tokens, num_parts = config.own_parts(max_own_tokens)
+        return _Cuts(row_tiles, Chunking(split_tokens, num_splits + num_parts, num_splits, prefix_tile=1), None, 0)
     tile = stream.tile_tokens(q.shape[2], k_cache.shape[1])
     split_tokens = max_own_tokens + tile  # more than any request has behind its rounded prefix
     chunking = Chunking(split_tokens, num_splits + 1, num_splits, prefix_tile=tile)
@@ -155,8 +174,7 @@ def _cut(inputs: tuple[torch.Tensor, ...], num_groups: int, max_own_tokens: int,
 
 def _store_prefix(
     inputs: tuple[torch.Tensor, ...],
-    prefix_tokens: torch.Tensor,
-    group_starts: torch.Tensor,
+    groups: tuple[torch.Tensor, ...],  # prefix_tokens, group_starts, members
     parts: SplitWorkspace,
     arguments: DecodeArguments,
     config: PrefixConfig,
@@ -164,11 +182,11 @@ def _store_prefix(
 ) -> None:
     """The parts of each group's prefix, for all its requests at once."""
     q, k_cache, v_cache, block_table, _ = inputs
-    num_groups = len(group_starts) - 1
+    num_groups = len(groups[1]) - 1
     reading = arguments.reading | config.reading(arguments.shape["COLS"] * q.element_size())
     del reading["HAS_WINDOW"]
     prefix_kernel[(k_cache.shape[2], cuts.chunking.first_slot, cuts.row_tiles)](
-        q, k_cache, v_cache, block_table, prefix_tokens, group_starts, parts.parts, parts.lse, num_groups,
+        q, k_cache, v_cache, block_table, *groups, parts.parts, parts.lse, num_groups,
         cuts.chunking.num_slots, *arguments.numbers[:2], *arguments.strides,
         GROUPS=triton.next_power_of_2(num_groups), PREFIX_TILE=cuts.chunking.prefix_tile, **arguments.shape, **reading,
     )  # fmt: skip

@@ -17,6 +17,15 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class Prefixes:
+    """Which requests see the same first keys: group g is members[group_starts[g] : group_starts[g + 1]]."""
+
+    num_tokens: torch.Tensor  # [B] that a request shares with all of its group; 0 without one
+    group_starts: torch.Tensor  # [G + 1]
+    members: torch.Tensor  # [B] places among the requests
+
+
+@dataclass(frozen=True)
 class KernelBatch:
     """T new tokens: those of requests that bring several, then of those that bring one, then rows of padding.
 
@@ -32,3 +41,4 @@ class KernelBatch:
     chunks: Keys | None  # of the others
     query_starts: torch.Tensor  # [num_chunks + 1]
     max_query_len: int  # of a chunk
+    prefixes: Prefixes | None = None  # of the singles, to be read once a group

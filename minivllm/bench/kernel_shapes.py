@@ -7,7 +7,6 @@ from functools import partial
 from random import Random
 
 import torch
-from minivllm_kernels.attention_configs import prefix_config
 from minivllm_kernels.mla_decode import mla_decode
 from minivllm_kernels.mla_decode_hopper import mla_decode_hopper
 from minivllm_kernels.paged_attention import paged_attention
@@ -15,7 +14,7 @@ from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.reference import mla_decode_twin
-from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
+from minivllm_kernels.shared_prefix_decode import shared_prefix_decode, workspace_rows
 from minivllm_kernels.workspace import SplitWorkspace
 
 from minivllm.bench.kernel_inputs import AttentionShape, attention_inputs, relative_error
@@ -91,14 +90,13 @@ def prefix_case(batch_size: int, num_shared: int, num_own: int, heads: tuple[int
 def build_prefix(shape: AttentionShape, num_shared: int, device: torch.device, dtype: torch.dtype, seed: int) -> Call:
     step = attention_inputs(shape, device, dtype, seed, num_shared)
     batch_size, num_own = len(shape.requests), step.max_tokens - num_shared
-    config = prefix_config(device)
-    num_slots = 2 + config.most_splits + -(-num_own // config.own_split_tokens)
-    workspace = SplitWorkspace.allocate(
-        device, batch_size * shape.heads * num_slots, shape.heads // shape.kv_heads, shape.head_size
-    )
+    group = shape.heads // shape.kv_heads
+    num_rows = workspace_rows(device, batch_size, shape.heads, group, num_own)
+    workspace = SplitWorkspace.allocate(device, num_rows, group, shape.head_size)
     prefix = torch.full_like(step.num_tokens, num_shared)
-    groups = torch.tensor([0, batch_size], dtype=torch.int32, device=device)
-    inputs = (step.q, step.k_cache, step.v_cache, step.block_table, step.num_tokens, prefix, groups, step.out)
+    members = torch.arange(batch_size, dtype=torch.int32, device=device)
+    groups = (prefix, torch.tensor([0, batch_size], dtype=torch.int32, device=device), members)
+    inputs = (step.q, step.k_cache, step.v_cache, step.block_table, step.num_tokens, *groups, step.out)
     side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     run = partial(shared_prefix_decode, *inputs, workspace, max_own_tokens=num_own, side_stream=side_stream)
     return Call(run, step.error)

@@ -17,6 +17,7 @@ from minivllm_kernels.embedding import embed
 from minivllm_kernels.fastest import fastest_attention, fastest_decode
 from minivllm_kernels.norms import MAX_WIDTH, add_rms_norm, rms_norm
 from minivllm_kernels.row_product import row_product
+from minivllm_kernels.shared_prefix_decode import shared_prefix_decode, workspace_rows
 from minivllm_kernels.store_kv import qk_norm_rope_store
 from minivllm_kernels.workspace import SplitWorkspace
 from torch import nn
@@ -64,16 +65,24 @@ class LayerWeights:
 
 
 class FusedLlama:
-    """A built Decoder over the KV of its layers, run by our kernels."""
+    """A built Decoder over the KV of its layers, run by our kernels.
 
-    def __init__(self, model: Decoder, config: ModelConfig, layers: list[LayerKV], max_model_len: int) -> None:
+    `most_sharing`: single tokens of a step at most whose requests share prefixes.
+    """
+
+    def __init__(
+        self, model: Decoder, config: ModelConfig, layers: list[LayerKV], max_model_len: int, most_sharing: int = 0
+    ) -> None:
         self.config = config
         self.weights = [LayerWeights.of(layer) for layer in model.layers]
         self.embeddings, self.norm, self.lm_head = model.embed.weight, model.norm.weight, model.lm_head.weight
         self.layers = layers
         self.cos_sin = angle_table(model, max_model_len)
         group = config.num_heads // config.num_kv_heads
-        self.workspace = SplitWorkspace.allocate(self.cos_sin.device, 0, group, config.head_size)
+        device, sizes = self.cos_sin.device, (most_sharing, config.num_heads, group, max_model_len)
+        num_rows = workspace_rows(device, *sizes) if most_sharing else 0
+        self.workspace = SplitWorkspace.allocate(device, num_rows, group, config.head_size)
+        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" and most_sharing else None
 
     def body(self, batch: KernelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """All layers: what the last one adds and the residual it is added to, both [T, hidden]."""
@@ -119,10 +128,24 @@ class FusedLlama:
                 max_query_len=batch.max_query_len, window=window,
             )  # fmt: skip
         if len(singles):
-            inputs = (q[first_single:], kv.k, kv.v)
-            decode, attended = fastest_decode(*inputs), out[first_single:]
-            decode(*inputs, singles.block_table, singles.num_tokens, attended, self.workspace, window=window)
+            self._attend_singles((q[first_single:], kv.k, kv.v), batch, out[first_single:], window)
         return product(out.flatten(1), weights.o)
+
+    def _attend_singles(
+        self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch: KernelBatch, out: torch.Tensor,
+        window: int | None,
+    ) -> None:  # fmt: skip
+        """Single queries over all their keys; what a group shares is read once, if the batch says so."""
+        keys, prefixes = batch.singles, batch.prefixes
+        if prefixes is None:
+            decode = fastest_decode(*inputs)
+            decode(*inputs, keys.block_table, keys.num_tokens, out, self.workspace, window=window)
+            return
+        groups = (prefixes.num_tokens, prefixes.group_starts, prefixes.members)
+        shared_prefix_decode(
+            *inputs, keys.block_table, keys.num_tokens, *groups, out, self.workspace,
+            max_own_tokens=len(self.cos_sin), side_stream=self.side_stream,
+        )  # fmt: skip
 
 
 def product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:

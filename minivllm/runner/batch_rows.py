@@ -24,6 +24,8 @@ class BatchRows:
         self.seeds = np.zeros(max_num_seqs, np.int64)
         self.came_from = np.arange(max_num_seqs, dtype=np.int32)  # each row's request, in the step before
         self._row_ids = self.came_from.copy()
+        self.num_blocks = np.zeros(max_num_seqs, np.int64)  # of each row in the table
+        self.arrangement = 0  # another number whenever the table changed elsewhere than at the end of a row
         self._row_of: dict[Request, int] = {}
         self._known: list[list[int]] = []  # block ids that the table has, by row
         self._places: list[int] = []  # of the table's flat memory, where the device is behind
@@ -53,6 +55,7 @@ class BatchRows:
 
     def _leave(self, row: int) -> None:
         """Empty a row and let the last request have it."""
+        self.arrangement += 1
         del self._row_of[self.requests[row]]
         last = self.requests.pop()
         self._known.pop()
@@ -75,6 +78,9 @@ class BatchRows:
         """Bring a row up to date: mostly a block has come at its end."""
         known = self._known[row]
         first = len(known) if held[: len(known)] == known else 0
+        if first == 0:
+            self.arrangement += 1
+        self.num_blocks[row] = len(held)
         self.table[row, first : len(held)] = held[first:]
         start = row * self.table.shape[1]
         self._places.extend(range(start + first, start + len(held)))

@@ -9,11 +9,13 @@ kernels run on the same padded rows: the bits are the same.
 """
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
+from minivllm.runner.shared_prefix import SharedPrefixes
 from minivllm.runner.step_buffers import StepBuffers
 
 if TYPE_CHECKING:  # both import triton, which a CPU has not; memory.py asks this file for sizes on any machine
@@ -33,13 +35,21 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_num_seqs})
 
 
+def shared_sizes(max_num_seqs: int) -> list[int]:
+    """Sizes for which a step with shared prefixes is captured: shared_sizes(200) == [8, 16, 32, 64, 128, 192, 200]."""
+    sizes = {8, 16, 32, *range(64, max_num_seqs, 64), max_num_seqs}
+    return sorted(size for size in sizes if 1 < size <= max_num_seqs)
+
+
 class DecodeSteps:
-    """Computes the logits and tokens of single queries that StepBuffers holds."""
+    """Computes the logits and tokens of single queries that StepBuffers holds, with `prefixes` by groups of rows."""
 
     def __init__(
-        self, model: "FusedLlama", buffers: StepBuffers, sampler: "KernelSampler", logits: torch.Tensor
-    ) -> None:
-        self.sizes = batch_sizes(len(logits))
+        self, model: "FusedLlama", buffers: StepBuffers, sampler: "KernelSampler", logits: torch.Tensor,
+        prefixes: SharedPrefixes | None = None,
+    ) -> None:  # fmt: skip
+        self.sizes = batch_sizes(len(logits)) if prefixes is None else shared_sizes(len(logits))
+        self.prefixes = prefixes
         self.graphs: dict[int, Graph] = {}
         self._model, self._buffers, self._sampler, self._logits = model, buffers, sampler, logits
 
@@ -57,13 +67,14 @@ class DecodeSteps:
 
     def compute(self, size: int) -> None:
         """One step of `size` rows: logits to their place, tokens to the sampler's."""
-        buffers = self._buffers
-        logits = self._model.head(*self._model.body(buffers.singles(size)), out=self._logits[:size])
+        buffers, batch = self._buffers, self._buffers.singles(size)
+        if self.prefixes is not None:
+            batch = replace(batch, prefixes=self.prefixes.of_rows(size))
+        logits = self._model.head(*self._model.body(batch), out=self._logits[:size])
         self._sampler(logits, buffers.temperatures, buffers.seeds, buffers.num_tokens)
 
-    def capture(self, *, show_progress: bool) -> None:
+    def capture(self, pool: Any, *, show_progress: bool) -> None:
         """Capture a graph for each size; the rows loaded now must be padding, for each is computed once before."""
-        pool = torch.cuda.graph_pool_handle()
         bar = tqdm(list(reversed(self.sizes)), desc="Capturing CUDA graphs", disable=not show_progress, leave=False)
         for size in bar:
             self.compute(size)  # compiles what is new: nothing may be loaded during a capture

@@ -20,6 +20,7 @@ from minivllm.runner.decode_graphs import DecodeSteps
 from minivllm.runner.kernel_sampler import KernelSampler, sample_changed
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.sampler import judge_prompt, token_logprobs
+from minivllm.runner.shared_prefix import SharedPrefixes
 from minivllm.runner.step_buffers import LoadedStep, StepBuffers, StepLimits
 from minivllm.runner.token_reader import TokenReader
 
@@ -33,13 +34,25 @@ class FusedSteps:
         self, model: Decoder, config: ModelConfig, storage: KVStorage, limits: StepLimits, device: str
     ) -> None:
         self.config = config
-        self.model = FusedLlama(model, config, list(storage.layers), limits.max_model_len)
+        most_sharing = 0 if limits.max_num_seqs == 1 or any(config.windows or ()) else limits.max_num_seqs
+        self.model = FusedLlama(model, config, list(storage.layers), limits.max_model_len, most_sharing)
         self.sampler = KernelSampler(limits.max_num_seqs, device)
         self.buffers = StepBuffers(limits, device, self.sampler.token_ids)
         dtype = model.embed.weight.dtype
         self.logits = torch.zeros(limits.max_num_seqs, config.vocab_size, dtype=dtype, device=device)
-        self.decode = DecodeSteps(self.model, self.buffers, self.sampler, self.logits)
+        parts = (self.model, self.buffers, self.sampler, self.logits)
+        self.decode = DecodeSteps(*parts)
+        token_bytes = 2 * config.num_kv_heads * config.head_size * dtype.itemsize
+        prefixes = SharedPrefixes(limits.max_num_seqs, limits.block_size, token_bytes, device)
+        self.shared_decode = DecodeSteps(*parts, prefixes) if most_sharing else None
         self._tokens = TokenReader(self.sampler.token_ids)
+
+    def capture(self, *, show_progress: bool) -> None:
+        """Make decode steps CUDA graphs: before the first plan, when all rows are padding."""
+        pool = torch.cuda.graph_pool_handle()
+        for steps in (self.decode, self.shared_decode):
+            if steps:
+                steps.capture(pool, show_progress=show_progress)
 
     def launch(self, plan: StepPlan) -> Launched:
         """Have every scheduled token computed, and one chosen in each row; waits only for who wants more than that."""
@@ -73,9 +86,15 @@ class FusedSteps:
 
     def _decode(self, requests: list[Request]) -> LoadedStep:
         """Logits and tokens of every row, each with one new token."""
-        step = self.buffers.load_singles(requests, self.decode.padded(len(requests)))
-        self.decode.run(len(requests))
+        decode = self._graphs_of_rows()
+        step = self.buffers.load_singles(requests, decode.padded(len(requests)))
+        decode.run(len(requests))
         return step
+
+    def _graphs_of_rows(self) -> DecodeSteps:
+        """Those that read a prefix once for all rows that begin with it, where that pays."""
+        shared = self.shared_decode
+        return shared if shared and shared.prefixes and shared.prefixes.find(self.buffers.rows) else self.decode
 
     def _compute(self, plan: StepPlan) -> tuple[LoadedStep, PromptLogprobs]:
         """Logits and tokens of every row, and of prompts what their owners want to know."""

@@ -17,7 +17,7 @@ from minivllm.errors import ConfigError
 from minivllm.layer_groups import LayerGroups
 from minivllm.models.decoder import Decoder
 from minivllm.request import BlockTable, Request, SamplingParams
-from minivllm.runner.decode_graphs import batch_sizes
+from minivllm.runner.decode_graphs import batch_sizes, shared_sizes
 from minivllm.runner.device import GIB
 from minivllm.runner.kv_storage import KVStorage, block_bytes
 from minivllm.runner.model_runner import ModelRunner
@@ -59,8 +59,8 @@ def measure(
     by_steps = torch.cuda.max_memory_allocated() - before
     free_unused_memory()
     free, total = torch.cuda.mem_get_info()
-    by_graphs = GRAPH_BYTES * len(batch_sizes(limits.max_num_seqs)) if has_graphs else 0
-    return GpuUse(total, total - free, by_steps, by_graphs)
+    num_graphs = len(batch_sizes(limits.max_num_seqs)) + len(shared_sizes(limits.max_num_seqs)) if has_graphs else 0
+    return GpuUse(total, total - free, by_steps, GRAPH_BYTES * num_graphs)
 
 
 def run_largest_step(model: Decoder, config: ModelConfig, groups: LayerGroups, limits: StepLimits, device: str) -> None:

@@ -76,7 +76,7 @@ class ModelRunner:
     def capture_graphs(self, *, show_progress: bool) -> None:
         """Where steps run fused, make decode steps CUDA graphs: before the first plan, when all rows are padding."""
         if self.fused is not None:
-            self.fused.decode.capture(show_progress=show_progress)
+            self.fused.capture(show_progress=show_progress)
 
     @property
     def num_graphs(self) -> int:
