@@ -1,5 +1,6 @@
 """The kernels that fused steps call, in torch: an engine runs on them in seconds, under the interpreter in minutes."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ def use_twins(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(fused + kernel.__name__, kernel)
     patch.setattr(fused + "fastest_decode", lambda *_: decode)
     patch.setattr(fused + "fastest_attention", lambda *_: attention)
+    patch.setattr(fused + "shared_prefix_decode", shared_prefix_decode)
     patch.setattr("minivllm.runner.kernel_sampler.sample_rows", sample_rows)
 
 
@@ -70,6 +72,25 @@ def decode(
 ) -> None:  # fmt: skip
     starts = torch.arange(len(q) + 1)
     out.copy_(paged_attention_twin(q, k_cache, v_cache, block_table, num_tokens, starts, window=window))
+
+
+def shared_prefix_decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, num_tokens: torch.Tensor,
+    prefix_tokens: torch.Tensor, group_starts: torch.Tensor, members: torch.Tensor, out: torch.Tensor,
+    workspace: object, *, max_own_tokens: int, side_stream: object,
+) -> None:  # fmt: skip
+    """The first blocks of a group are those of its first member, wrong or right."""
+    table, alone = block_table.clone(), torch.ones(len(q), dtype=torch.bool)
+    for first, end in pairwise(group_starts.tolist()):
+        group = members[first:end].long()
+        alone[group] = False
+        if len(group):
+            [num_shared] = set(prefix_tokens[group].tolist())
+            num_blocks, rest = divmod(num_shared, k_cache.shape[1])
+            assert rest == 0 and num_shared < int(num_tokens[group].min())
+            table[group, :num_blocks] = table[group[0], :num_blocks]
+    assert not prefix_tokens[alone].any() and int((num_tokens - prefix_tokens).max()) <= max_own_tokens
+    decode(q, k_cache, v_cache, table, num_tokens, out, workspace, window=None)
 
 
 def attention(

@@ -78,8 +78,8 @@ def engine(folder: Path, *, has_graphs: bool = False, **options: Any) -> LLM:
     chosen: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": 2**22, "max_num_seqs": 5}
     llm = LLM(str(folder), device=DEVICE, show_progress=False, enforce_eager=not has_graphs, **chosen | options)
     if has_graphs and llm.runner.fused and not HAS_GPU:
-        decode = llm.runner.fused.decode
-        decode.graphs = {size: Uncaptured(decode, size) for size in decode.sizes}
+        for steps in filter(None, (llm.runner.fused.decode, llm.runner.fused.shared_decode)):
+            steps.graphs = {size: Uncaptured(steps, size) for size in steps.sizes}
     return llm
 
 
