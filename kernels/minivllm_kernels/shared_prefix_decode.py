@@ -61,9 +61,9 @@ def prefix_kernel(
         if prefix > 0:
             rows, columns = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
             is_row, heads = rows < size * GROUP, rows % GROUP  # row = (member, head of its KV head)
-            requests = tl.load(members_ptr + first + rows // GROUP, mask=is_row, other=0).to(tl.int64)
+            requests = tl.load(members_ptr + first + rows // GROUP, mask=is_row, other=0)
             is_kept = is_row[:, None] & (columns < HEAD_SIZE)[None, :]
-            q_rows = requests * stride_q + (head * GROUP + heads) * stride_q_head
+            q_rows = requests.to(tl.int64) * stride_q + (head * GROUP + heads) * stride_q_head
             q = tl.load(q_ptr + q_rows[:, None] + columns[None, :], mask=is_kept, other=0.0)
             split_tokens = tl.cdiv(tl.cdiv(prefix, num_splits), TILE) * TILE
             peak, total, output = attend_tiles(
