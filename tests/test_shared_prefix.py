@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
 
 from minivllm import LLM, SamplingParams
 from minivllm.request import BlockTable, Request
@@ -85,6 +86,15 @@ def test_a_long_prefix_of_some_beats_a_short_one_of_all() -> None:
     table[4:] = np.arange(4 * 50).reshape(4, 50) + 1000
     table[4:, :4] = table[0, :4]
     assert [(g.rows.tolist(), g.num_blocks) for g in best_groups(table, np.full(8, 6), 4)] == [(list(range(8)), 4)]
+
+
+def test_of_more_groups_than_there_is_room_for_the_shortest_are_left_out() -> None:
+    table = np.arange(40 * 50, dtype=np.int32).reshape(40, 50)
+    table[20:, :15] = table[:20, :15]
+    lengths = np.array([2 + row % 13 for row in range(40)])
+    lengths[20:] = lengths[:20]
+    found = [group.num_blocks for group in best_groups(table, lengths, 1)]
+    assert found == sorted(lengths[:20] - 1, reverse=True)[:MOST_GROUPS]
 
 
 def test_groups_follow_whoever_comes_and_goes_and_are_looked_for_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +247,21 @@ def compare_ways(llm: LLM) -> list[float]:
 
 
 def test_the_kernels_give_the_logits_that_they_give_without_groups(
-    folders: Callable[[str], Path], interpreted: None, eager_to_share: None
+    folders: Callable[[str], Path], interpreted: None, eager_to_share: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = engine(folders("qwen3"), max_num_seqs=3, max_model_len=80)
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 3, 4, 4)]
-    apart = compare_ways(llm)
+    apart, launches = compare_ways(llm), list[int]()
+
+    def launch(*args: Any, **options: Any) -> None:
+        launches.append(1)
+        shared_prefix_decode(*args, **options)
+
+    monkeypatch.setattr("minivllm.models.fused_llama.shared_prefix_decode", launch)
     llm.generate([[*PREFIX[:33]]], params[0], use_tqdm=False)
     llm.generate([[*PREFIX[:33], *range(n)] for n in (1, 14, 2)], params[1:], use_tqdm=False)
     assert len(apart) == 3 and max(apart) < 1e-5
+    assert len(launches) == len(apart) * llm.runner.config.num_layers
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
