@@ -6,6 +6,9 @@
 A product of 8 rows takes no longer than one of 2 (kernels/NOTES.md), so there is nothing between 1 and 8.
 Graphs share one pool of memory, so the largest is captured first and the others fit into it. Without graphs the same
 kernels run on the same padded rows: the bits are the same.
+
+Steps that read prefixes once for many rows (shared_prefix.py) have graphs of their own, for fewer sizes: they gain more
+than the padding costs. Which rows share, and how much, lies in the device's memory, so it may change from step to step.
 """
 
 from contextlib import AbstractContextManager
