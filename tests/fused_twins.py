@@ -77,7 +77,7 @@ def decode(
 def shared_prefix_decode(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, num_tokens: torch.Tensor,
     prefix_tokens: torch.Tensor, group_starts: torch.Tensor, members: torch.Tensor, out: torch.Tensor,
-    workspace: object, *, max_own_tokens: int, side_stream: object,
+    workspace: object, *, max_own_tokens: int,
 ) -> None:  # fmt: skip
     """The first blocks of a group are those of its first member, wrong or right."""
     table, alone = block_table.clone(), torch.ones(len(q), dtype=torch.bool)

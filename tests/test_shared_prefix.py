@@ -17,7 +17,15 @@ from minivllm.request import BlockTable, Request
 from minivllm.runner import shared_prefix
 from minivllm.runner.batch_rows import BatchRows
 from minivllm.runner.decode_graphs import batch_sizes, shared_sizes
-from minivllm.runner.shared_prefix import MOST_GROUPS, Group, SharedPrefixes, best_groups, groups_at
+from minivllm.runner.shared_prefix import (
+    MOST_GROUPS,
+    Group,
+    SharedPrefixes,
+    begins_with,
+    best_groups,
+    groups_at,
+    join_copies,
+)
 from tests.kernel_cases import HAS_GPU
 from tests.test_fused import GREEDY, drive, engine, folders, fused, interpreted, plain, tokens
 
@@ -25,7 +33,7 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 folders, fused, interpreted = folders, fused, interpreted  # fixtures, by their names
 PREFIX = [*range(60, 110)]  # three blocks and two tokens
 PROMPTS = [[*PREFIX, *range(200 + 7 * i, 201 + 8 * i)] for i in range(5)]
-NEVER = 2**62
+LEAST_SAVED_BYTES, NEVER = shared_prefix.LEAST_SAVED_BYTES, 2**62
 
 
 def some_tables(random: Random) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +106,7 @@ def test_of_more_groups_than_there_is_room_for_the_shortest_are_left_out() -> No
 
 
 def test_groups_follow_whoever_comes_and_goes_and_are_looked_for_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, prefixes, looks = BatchRows(6, 20), SharedPrefixes(6, 16, 2**20, "cpu"), list[int]()
+    rows, prefixes, looks = BatchRows(6, 20), SharedPrefixes(6, 16, LEAST_SAVED_BYTES // 64, "cpu"), list[int]()
 
     def look_and_note(table: np.ndarray, num_blocks: np.ndarray, least_blocks: int) -> list[Group]:
         looks.append(least_blocks)
@@ -139,8 +147,10 @@ def test_little_is_not_worth_two_launches() -> None:
     for number, request in enumerate(requests):
         request.tables = [BlockTable([1, 2, 3, 4, 10 + number])]
     rows.seat([(request, 1) for request in requests])
-    assert SharedPrefixes(2, 16, 2**20, "cpu").find(rows) and not SharedPrefixes(2, 16, 2**20 - 1, "cpu").find(rows)
-    assert not SharedPrefixes(2, 8, 2**30, "cpu").find(rows)  # shorter than a tile
+    token_bytes = LEAST_SAVED_BYTES // 64  # 64 tokens are what one of the two does not read
+    assert SharedPrefixes(2, 16, token_bytes, "cpu").find(rows)
+    assert not SharedPrefixes(2, 16, token_bytes - 1, "cpu").find(rows)
+    assert not SharedPrefixes(2, 8, 8 * token_bytes, "cpu").find(rows)  # shorter than a tile
 
 
 def test_sizes_of_graphs_with_prefixes() -> None:
@@ -203,6 +213,39 @@ def test_samples_of_one_prompt_are_a_group_and_stay_the_same(
     assert counts[0] == [1] * 7 and len({tuple(sample) for sample in together[0]}) > 1
     monkeypatch.setattr(shared_prefix, "LEAST_SAVED_BYTES", NEVER)
     assert samples(PREFIX) == together and counts[1] == [0] * 7
+
+
+def test_requests_that_hold_copies_of_a_prefix_join_its_group(
+    folders: Callable[[str], Path], fused: None, eager_to_share: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts fit the first step, where nothing of them can be found yet; the others find the first one's."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    def run(llm: LLM) -> list[list[list[int]]]:
+        return tokens(llm.generate([*PROMPTS[:4], list(range(30))], params, use_tqdm=False))
+
+    sizes = list[tuple[int, int]]()
+
+    def join_and_note(groups: list[Group], *args: Any) -> list[Group]:
+        joined = join_copies(groups, *args)
+        sizes.append((sum(len(group.rows) for group in groups), sum(len(group.rows) for group in joined)))
+        return joined
+
+    monkeypatch.setattr(shared_prefix, "join_copies", join_and_note)
+
+    assert run(engine(folders("qwen3"), max_num_batched_tokens=155)) == run(plain(folders("qwen3")))
+    assert (2, 4) in sizes
+
+
+def test_copies_are_told_by_all_of_their_tokens() -> None:
+    prefix = [1, 2, 3, 4]
+    assert begins_with([1, 2, 3, 4, 5], prefix, 4) and begins_with(prefix, prefix, 4)
+    assert not begins_with([1, 2, 9, 4, 5], prefix, 4) and not begins_with([9, 2, 3, 4, 5], prefix, 4)
+    assert not begins_with([1, 2, 3], prefix, 4) and not begins_with([1, 2, 3], [1, 2, 3], 4)
+    names = {"a": [1, 2, 3, 4, 5], "b": [1, 2, 3, 4, 6], "c": [1, 2, 3, 4, 7], "d": [1, 2, 3, 8, 7], "e": [1, 2, 3, 4]}
+    requests = [Request(name, ids, len(ids), SamplingParams(), 1) for name, ids in names.items()]
+    found = join_copies([Group(np.array([0, 1]), 2)], requests, np.array([3, 3, 3, 3, 2]), block_size=2)
+    assert [(group.rows.tolist(), group.num_blocks) for group in found] == [([0, 1, 2], 2)]
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
@@ -276,8 +319,8 @@ def test_graphs_change_no_token_of_a_large_batch_with_groups(
     ]
     options: dict[str, Any] = {"dtype": dtype, "max_num_seqs": 40, "max_num_batched_tokens": 512}
     found = []
-    for has_graphs in (True, False):
-        llm = engine(folders("qwen3"), has_graphs=has_graphs, kv_cache_memory=2**25, **options)
+    for has_graphs in (True, False):  # steps ahead would make other batches, and 16 bits round in each otherwise
+        llm = engine(folders("qwen3"), has_graphs=has_graphs, async_scheduling=False, kv_cache_memory=2**25, **options)
         counts = count_groups(llm)
         llm.generate([[*prefix, 0] for prefix in prefixes], GREEDY, use_tqdm=False)
         found.append(tokens(llm.generate(prompts, params, use_tqdm=False)))

@@ -117,7 +117,7 @@ class PrefixConfig:
 
 PREFIX = {
     "hopper": PrefixConfig(
-        rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["hopper"], most_splits=2,
+        rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["hopper"],
         stream=HopperDecodeConfig(tile_bytes=16384, num_stages=5, programs_per_sm=1),  # beside a prefix program
     ),
     "blackwell": PrefixConfig(rows=64, tile_bytes=16384, num_warps=4, num_stages=3, own=DECODE["blackwell"]),

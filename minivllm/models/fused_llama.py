@@ -82,7 +82,6 @@ class FusedLlama:
         device, sizes = self.cos_sin.device, (most_sharing, config.num_heads, group, max_model_len)
         num_rows = workspace_rows(device, *sizes) if most_sharing else 0
         self.workspace = SplitWorkspace.allocate(device, num_rows, group, config.head_size)
-        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" and most_sharing else None
 
     def body(self, batch: KernelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """All layers: what the last one adds and the residual it is added to, both [T, hidden]."""
@@ -144,7 +143,7 @@ class FusedLlama:
         groups = (prefixes.num_tokens, prefixes.group_starts, prefixes.members)
         shared_prefix_decode(
             *inputs, keys.block_table, keys.num_tokens, *groups, out, self.workspace,
-            max_own_tokens=len(self.cos_sin), side_stream=self.side_stream,
+            max_own_tokens=len(self.cos_sin),
         )  # fmt: skip
 
 

@@ -6,25 +6,28 @@
              row 3   30
 
 Two launches more a layer pay where what they save is much. Groups are found again when rows come, go or exchange
-blocks, not when a block comes at the end of a table. What the device knows lies at fixed addresses, as graphs want it.
+blocks, not when a block comes at the end of a table. Requests that came before the first of them was computed hold
+copies of its blocks: they join the group by their tokens. What the device knows lies where graphs want it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from minivllm.attention.kernel_batch import Prefixes
+from minivllm.request import Request
 from minivllm.runner.batch_rows import BatchRows
 
 MOST_GROUPS = 8  # of a step: those that save most
 LEAST_TOKENS = 64  # of a prefix: a tile of the kernel
-LEAST_SAVED_BYTES = 64 * 2**20  # of a layer and step: less takes the memory no longer than the launches do
+LEAST_SAVED_BYTES = 192 * 2**20  # of a layer and step: below, launches cost what reading does (kernels/NOTES.md)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch whose tables begin with the same `num_blocks` blocks, and go on after them."""
+    """Rows of a batch whose tables begin with the same `num_blocks` blocks, or copies of them, and go on after them."""
 
     rows: np.ndarray
     num_blocks: int
@@ -50,7 +53,9 @@ class SharedPrefixes:
         """Whether to read prefixes once for all rows that are seated; the device then knows the groups."""
         if rows.arrangement != self._arrangement:
             count = len(rows.requests)
-            groups = best_groups(rows.table[:count], rows.num_blocks[:count], -(-LEAST_TOKENS // self._block_size))
+            num_blocks = rows.num_blocks[:count]
+            groups = best_groups(rows.table[:count], num_blocks, -(-LEAST_TOKENS // self._block_size))
+            groups = join_copies(groups, rows.requests, num_blocks, self._block_size)
             self.pays = self._block_bytes * sum(group.num_saved for group in groups) >= LEAST_SAVED_BYTES
             if self.pays:
                 self._send(groups)
@@ -106,3 +111,26 @@ def groups_at(table: np.ndarray, num_blocks: np.ndarray, depth: int) -> list[Gro
         if length >= depth:
             groups.append(Group(rows, length))
     return sorted(groups, key=lambda group: -group.num_saved)[:MOST_GROUPS]
+
+
+def join_copies(
+    groups: list[Group], requests: Sequence[Request], num_blocks: np.ndarray, block_size: int
+) -> list[Group]:
+    """The groups, and with them the rows that begin with the same tokens in blocks of their own."""
+    alone = set(range(len(requests))).difference(*(group.rows.tolist() for group in groups))
+    joined = []
+    for group in groups:
+        length = group.num_blocks * block_size
+        prefix = requests[group.rows[0]].token_ids[:length]
+        long_enough = [row for row in sorted(alone) if num_blocks[row] > group.num_blocks]
+        copies = [row for row in long_enough if begins_with(requests[row].token_ids, prefix, length)]
+        alone.difference_update(copies)
+        joined.append(Group(np.array([*group.rows, *copies]), group.num_blocks))
+    return joined
+
+
+def begins_with(token_ids: list[int], prefix: list[int], length: int) -> bool:
+    """Whether the first `length` tokens are known on both sides, and the same."""
+    if min(len(token_ids), len(prefix)) < length or token_ids[0] != prefix[0]:
+        return False  # as most do: nothing is copied
+    return token_ids[:length] == prefix
