@@ -243,8 +243,9 @@ def test_copies_are_told_by_all_of_their_tokens() -> None:
     assert not begins_with([1, 2, 9, 4, 5], prefix, 4) and not begins_with([9, 2, 3, 4, 5], prefix, 4)
     assert not begins_with([1, 2, 3], prefix, 4) and not begins_with([1, 2, 3], [1, 2, 3], 4)
     names = {"a": [1, 2, 3, 4, 5], "b": [1, 2, 3, 4, 6], "c": [1, 2, 3, 4, 7], "d": [1, 2, 3, 8, 7], "e": [1, 2, 3, 4]}
-    requests = [Request(name, ids, len(ids), SamplingParams(), 1) for name, ids in names.items()]
-    found = join_copies([Group(np.array([0, 1]), 2)], requests, np.array([3, 3, 3, 3, 2]), block_size=2)
+    names["another salt"] = names["c"]
+    requests = [Request(name, ids, len(ids), SamplingParams(), 1, salt=name[1:]) for name, ids in names.items()]
+    found = join_copies([Group(np.array([0, 1]), 2)], requests, np.array([3, 3, 3, 3, 2, 3]), block_size=2)
     assert [(group.rows.tolist(), group.num_blocks) for group in found] == [([0, 1, 2], 2)]
 
 

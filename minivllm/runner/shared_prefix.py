@@ -121,8 +121,10 @@ def join_copies(
     joined = []
     for group in groups:
         length = group.num_blocks * block_size
-        prefix = requests[group.rows[0]].token_ids[:length]
-        long_enough = [row for row in sorted(alone) if num_blocks[row] > group.num_blocks]
+        first = requests[group.rows[0]]
+        prefix = first.token_ids[:length]
+        may_join = (row for row in sorted(alone) if requests[row].salt == first.salt)
+        long_enough = [row for row in may_join if num_blocks[row] > group.num_blocks]
         copies = [row for row in long_enough if begins_with(requests[row].token_ids, prefix, length)]
         alone.difference_update(copies)
         joined.append(Group(np.array([*group.rows, *copies]), group.num_blocks))
