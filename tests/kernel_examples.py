@@ -20,6 +20,8 @@ from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
 from minivllm_kernels.read import TILE, TILES, read_sums
+from minivllm_kernels.row_attention import row_attention
+from minivllm_kernels.row_gate import row_gate
 from minivllm_kernels.row_product import row_product
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
@@ -154,9 +156,23 @@ def gate(dtype: torch.dtype) -> None:
     silu_and_mul(empty(16, 2 * 3072, dtype=dtype), empty(16, 3072, dtype=dtype))
 
 
-def single_row(dtype: torch.dtype) -> None:
-    x, out = empty(1, 1024, dtype=dtype), empty(1, 3072, dtype=dtype)
-    row_product(x, empty(3072, 1024, dtype=dtype), empty(3072, dtype=dtype), out)
+def single_row(width: int, dtype: torch.dtype, early: bool = True) -> None:
+    x, norm, out = empty(1, width, dtype=dtype), empty(width, dtype=dtype), empty(1, 3072, dtype=dtype)
+    weight, bias = empty(3072, width, dtype=dtype), empty(3072, dtype=dtype)
+    row_product(x, weight, None, out, norm=norm, eps=1e-6, early=early)
+    row_product(x, weight, None, out, plus=empty(1, width, dtype=dtype), norm=norm, eps=1e-6, early=early)
+    row_product(x, weight, bias, out, add_to=out, early=early)
+    row_gate(x, norm, weight, bias, empty(1, 1536, dtype=dtype), eps=1e-6, early=early)
+
+
+def attend_row(paged: Paged, has_norm: bool = True, window: int | None = None) -> None:
+    weight = empty(paged.head_size, dtype=paged.dtype) if has_norm else None
+    qkv = empty(1, (paged.heads[0] + 2 * paged.heads[1]) * paged.head_size, dtype=paged.dtype)
+    workspace = SplitWorkspace.allocate(CPU, 0, paged.heads[0] // paged.heads[1], paged.head_size)
+    row_attention(
+        qkv, weight, weight, empty(64, paged.head_size, dtype=FP32), ints(1), ints(1), paged.cache(), paged.cache(),
+        ints(1, 32), ints(1), paged.q(1), workspace, eps=1e-6, window=window, early=True,
+    )  # fmt: skip
 
 
 def draw(dtype: torch.dtype, *filters: str) -> None:
@@ -180,6 +196,15 @@ DECODES = {
     "fp32": partial(decode, Paged(dtype=FP32)),
     "window": partial(decode, Paged(), window=100),
     "soft cap": partial(decode, Paged(), soft_cap=50.0),
+}
+ROW_ATTENTIONS = {
+    **{f"d {size}": partial(attend_row, Paged(head_size=size)) for size in HEAD_SIZES},
+    "16/8 block 16": partial(attend_row, Paged(heads=(16, 8), block_size=16)),
+    "9/3 d 64": partial(attend_row, Paged(heads=(9, 3), head_size=64), has_norm=False),
+    "MQA": partial(attend_row, Paged(heads=(32, 1))),
+    "fp16": partial(attend_row, Paged(dtype=FP16)),
+    "fp32": partial(attend_row, Paged(dtype=FP32)),
+    "window": partial(attend_row, Paged(), window=100),
 }
 PLAIN = partial(attend, paged_attention)
 PREFILLS = {
@@ -254,7 +279,10 @@ EXAMPLES = [
     Example("silu_and_mul bf16", partial(gate, BF16)),
     Example("read", lambda: read_sums(empty(4, TILE * TILES), empty(4, dtype=FP32))),
     Example("silu_and_mul fp32", partial(gate, FP32)),
-    *(Example(f"row product {dtype}", partial(single_row, dtype)) for dtype in (BF16, FP32)),
+    *(Example(f"row products of {width}", partial(single_row, width, BF16)) for width in (576, 1024, 3072, 12288)),
+    Example("row products, not early", partial(single_row, 1024, BF16, early=False)),
+    Example("row products fp32", partial(single_row, 1024, FP32)),
+    *(Example(f"row attention {k}", v) for k, v in ROW_ATTENTIONS.items()),
     Example("sample bf16", partial(draw, BF16), "_sample_kernel", partial(configs.sampler_config, CPU)),
     *(Example(f"sample {dtype}", partial(draw, dtype)) for dtype in (FP16, FP32)),
     *(Example(f"sample {name}", partial(draw, BF16, name)) for name in FILTERS),

@@ -86,6 +86,45 @@ def norm_warps(device: torch.device, padded_width: int) -> int:
 
 
 @dataclass(frozen=True)
+class RowProductConfig:
+    tile_bytes: int  # of the matrix, a program's share: all of it is under way at once
+    columns: int  # of a stretch: 8 a thread are a load of 16 bytes
+    num_warps: int
+
+
+ROW_PRODUCT = dict.fromkeys(DEVICE_CLASSES, RowProductConfig(tile_bytes=16384, columns=1024, num_warps=4))
+
+
+@dataclass(frozen=True)
+class RowShape:
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def row_shape(device: torch.device, size: int, row_bytes: int) -> RowShape:
+    """How many rows of a matrix of `size` rows a program takes: rows of 2 kB -> 8, of 24 kB -> 1."""
+    config = ROW_PRODUCT[device_class(device)]
+    rows = config.tile_bytes // row_bytes
+    return RowShape(1 << max(rows, 1).bit_length() - 1, config.columns, config.num_warps)
+
+
+@dataclass(frozen=True)
+class RowAttentionConfig:
+    tile_bytes: int  # of K, and as many of V: two tiles of both are in registers at once
+    num_warps: int
+    programs_per_sm: int
+    least_tiles: int = 1  # of a part
+
+    def tile_tokens(self, row_bytes: int) -> int:
+        """Keys per tile; a tensor core wants at least 16."""
+        return max(16, self.tile_bytes // row_bytes)
+
+
+ROW_ATTENTION = dict.fromkeys(DEVICE_CLASSES, RowAttentionConfig(tile_bytes=16384, num_warps=8, programs_per_sm=1))
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """How `sample` runs: as many warps as registers allow, each with a tile of 1,024 logits under way."""
 

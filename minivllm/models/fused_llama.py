@@ -4,7 +4,7 @@
     x --gate, up--> silu(gate) * up --down--> added to the residual, normed with the next layer's weight --> x
 
 Integers are int32, as kernels read them. Rows of padding have position and slot -1 and no keys: nothing is stored.
-It allocates only what a CUDA graph's pool may hold, and never waits for the GPU.
+A single row takes five launches a layer, in one_row.py. It allocates only what a CUDA graph's pool may hold, and never waits for the GPU.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from minivllm_kernels.checks import BLOCK_SIZES, HEAD_SIZES
 from minivllm_kernels.embedding import embed
 from minivllm_kernels.fastest import fastest_attention, fastest_decode
 from minivllm_kernels.norms import MAX_WIDTH, add_rms_norm, rms_norm
-from minivllm_kernels.row_product import row_product
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode, workspace_rows
 from minivllm_kernels.store_kv import qk_norm_rope_store
 from minivllm_kernels.workspace import SplitWorkspace
@@ -28,6 +27,7 @@ from minivllm.config import ModelConfig
 from minivllm.models.decoder import Decoder
 from minivllm.models.layers import GatedMLP
 from minivllm.models.llama import SelfAttention
+from minivllm.models.one_row import one_row_body, one_row_head
 
 MOST_GROUPED = 128  # query heads of a KV head, in a tile of paged_attention
 
@@ -85,6 +85,8 @@ class FusedLlama:
 
     def body(self, batch: KernelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """All layers: what the last one adds and the residual it is added to, both [T, hidden]."""
+        if len(batch.token_ids) == 1:
+            return one_row_body(self, batch)
         eps = self.config.rms_norm_eps
         residual = self.embeddings.new_empty(len(batch.token_ids), self.embeddings.shape[1])
         embed(batch.token_ids, batch.chosen, self.embeddings, residual)
@@ -95,21 +97,24 @@ class FusedLlama:
                 add_rms_norm(x, residual, weights.input_norm, x, eps=eps)
             x = self._attend(number, x, batch)
             add_rms_norm(x, residual, weights.mlp_norm, x, eps=eps)
-            gate_up = product(x, weights.gate_up)
+            gate_up = F.linear(x, *weights.gate_up)
             gated = gate_up.new_empty(len(x), self.config.intermediate_size)
             silu_and_mul(gate_up, gated)
-            x = product(gated, weights.down)
+            x = F.linear(gated, *weights.down)
         return x, residual
 
     def head(self, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits [R, vocab] into `out`, from rows of what `body` gave; overwrites these rows."""
+        if len(x) == 1:
+            one_row_head(self, x, residual, out)
+            return out
         add_rms_norm(x, residual, self.norm, x, eps=self.config.rms_norm_eps)
         return torch.mm(x, self.lm_head.t(), out=out)
 
     def _attend(self, number: int, x: torch.Tensor, batch: KernelBatch) -> torch.Tensor:
         """A layer's attention: normed residual in, what is to be added to it out; [T, hidden] both."""
         weights, config, kv = self.weights[number], self.config, self.layers[number]
-        qkv = product(x, weights.qkv)
+        qkv = F.linear(x, *weights.qkv)
         num_q = config.num_heads * config.head_size
         q = qkv[:, :num_q].unflatten(1, (config.num_heads, config.head_size))  # turned in place
         qk_norm_rope_store(
@@ -128,7 +133,7 @@ class FusedLlama:
             )  # fmt: skip
         if len(singles):
             self._attend_singles((q[first_single:], kv.k, kv.v), batch, out[first_single:], window)
-        return product(out.flatten(1), weights.o)
+        return F.linear(out.flatten(1), *weights.o)
 
     def _attend_singles(
         self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch: KernelBatch, out: torch.Tensor,
@@ -145,16 +150,6 @@ class FusedLlama:
             *inputs, keys.block_table, keys.num_tokens, *groups, out, self.workspace,
             max_own_tokens=len(self.cos_sin),
         )  # fmt: skip
-
-
-def product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """x [T, in] times a matrix: [T, out]; a single row by our own kernel, in 16 us for the four of a layer, not 28."""
-    weight, bias = matrix
-    if len(x) != 1:
-        return F.linear(x, weight, bias)
-    out = x.new_empty(1, len(weight))
-    row_product(x, weight, bias, out)
-    return out
 
 
 def angle_table(model: Decoder, max_model_len: int) -> torch.Tensor:
