@@ -17,9 +17,10 @@ from minivllm_kernels.reference import (
 def use_twins(patch: pytest.MonkeyPatch) -> None:
     """Put the twins in the kernels' places, arguments and all."""
     fused = "minivllm.models.fused_llama."
-    kernels = (embed, rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store, row_product)
-    for kernel in kernels:
+    for kernel in (embed, rms_norm, add_rms_norm, silu_and_mul, qk_norm_rope_store):
         patch.setattr(fused + kernel.__name__, kernel)
+    for row_kernel in (embed, row_product, row_gate, row_attention):
+        patch.setattr("minivllm.models.one_row." + row_kernel.__name__, row_kernel)
     patch.setattr(fused + "fastest_decode", lambda *_: decode)
     patch.setattr(fused + "fastest_attention", lambda *_: attention)
     patch.setattr(fused + "shared_prefix_decode", shared_prefix_decode)
@@ -46,8 +47,37 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(silu_and_mul_twin(gate_up))
 
 
-def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    out.copy_(torch.nn.functional.linear(x, weight, bias))
+def row_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+    *, plus: torch.Tensor | None = None, norm: torch.Tensor | None = None, eps: float = 0.0,
+    add_to: torch.Tensor | None = None, early: bool = False,
+) -> None:  # fmt: skip
+    x = x if plus is None else x + plus
+    x = x if norm is None else rms_norm_twin(x, norm, eps).to(x.dtype)
+    product = torch.nn.functional.linear(x, weight, bias)
+    out.copy_(product if add_to is None else product + add_to)
+
+
+def row_gate(
+    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+    *, eps: float, early: bool = False,
+) -> None:  # fmt: skip
+    gate_up = torch.nn.functional.linear(rms_norm_twin(x, norm, eps).to(x.dtype), weight, bias)
+    silu_and_mul(gate_up, out)
+
+
+def row_attention(
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, cos_sin: torch.Tensor,
+    position: torch.Tensor, slot: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    block_table: torch.Tensor, num_tokens: torch.Tensor, out: torch.Tensor, workspace: object,
+    *, eps: float, window: int | None = None, early: bool = False,
+) -> None:  # fmt: skip
+    q = torch.empty_like(out)
+    qk_norm_rope_store(
+        qkv, q_norm, k_norm, cos_sin, position, slot, q, k_cache, v_cache,
+        num_heads=out.shape[1], num_kv_heads=k_cache.shape[2], eps=eps,
+    )  # fmt: skip
+    decode(q, k_cache, v_cache, block_table, num_tokens, out, workspace, window=window)
 
 
 def qk_norm_rope_store(

@@ -1,4 +1,4 @@
-"""Launching a kernel before the one in front of it has ended, so that its weights are on their way when its input comes.
+"""Launching a kernel before the one in front of it has ended: its weights are on their way when its input comes.
 
     kernel 1   weights ==== | wait | input, product, output |
     kernel 2       weights ======== | wait                   | input, product, output |

@@ -1,4 +1,4 @@
-"""Attention of a single request's one new token: norm, RoPE, storing its K and V, and looking at all keys, in one launch.
+"""Attention of one request's one new token in one launch: norm, RoPE, storing its K and V, looking at all keys.
 
     qkv [1, (H + 2 Hkv) D]         cache of a KV head: keys 0 .. n-2 of the request's blocks
     | q of a head's group | k | v |      | part 0 | part 1 | part 2 |        a program each
@@ -33,18 +33,18 @@ def _rounded(x, dtype: tl.constexpr):
 @triton.jit
 def _pair(weight_ptr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr):
     """A norm's weight [1, COLS], and for each element its partner's, half a head away; (None, None) without a norm."""
-    if weight_ptr is None:
-        return None, None
-    else:
+    weight, partner = None, None
+    if weight_ptr is not None:
         column = tl.arange(0, COLS)[None, :]
         mask = column < HEAD_SIZE
+        weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
         partner = tl.load(weight_ptr + (column + HEAD_SIZE // 2) % HEAD_SIZE, mask=mask, other=0.0)
-        return tl.load(weight_ptr + column, mask=mask, other=0.0), partner
+    return weight, partner
 
 
 @triton.jit
 def _angles(cos_sin_ptr, position_ptr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr):
-    """Cosines of a position [1, COLS], and sines as an element's partner is multiplied with: minus in the first half."""
+    """Cosines of a position [1, COLS], and sines as partners are multiplied with them: minus in the first half."""
     column = tl.arange(0, COLS)[None, :]
     HALF: tl.constexpr = HEAD_SIZE // 2
     angle_ptr = cos_sin_ptr + tl.maximum(tl.load(position_ptr), 0).to(tl.int64) * HEAD_SIZE + column % HALF
@@ -97,6 +97,23 @@ def _attend(q, k, v, is_seen, peak, total, output, scale, PRECISION: tl.constexp
     return new_peak, total * shrink + tl.sum(weights, 1), output
 
 
+@triton.jit
+def _store_new(k_ptr, v_ptr, slot, k, v, is_stored, stride_block, stride_slot, BLOCK_SIZE: tl.constexpr):
+    """The new key and value [1, COLS] into their slot."""
+    column = tl.arange(0, k.shape[1])[None, :]
+    offset = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot + column
+    tl.store(k_ptr + offset, k, mask=is_stored)
+    tl.store(v_ptr + offset, v, mask=is_stored)
+
+
+@triton.jit
+def _start_softmax(q, new_k, new_v, scale, has_new):
+    """Running maximum, sum and output of the new key alone; of no key unless `has_new`."""
+    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
+    peak = tl.where(has_new, score, float("-inf"))
+    return peak, tl.where(has_new, score * 0 + 1, 0.0), tl.where(has_new, new_v.to(tl.float32), 0.0)
+
+
 @triton.jit(do_not_specialize=["window", "splits"])
 def _row_attention_kernel(
     qkv_ptr,  # [(H + 2 Hkv) * D]
@@ -108,8 +125,7 @@ def _row_attention_kernel(
 ):  # fmt: skip
     """One program takes the query heads of a KV head and one part of the keys."""
     let_next_begin(IS_EARLY)
-    head, part = tl.program_id(0), tl.program_id(1)
-    length = tl.load(num_tokens_ptr)
+    head, part, length = tl.program_id(0), tl.program_id(1), tl.load(num_tokens_ptr)
     old = length - 1  # keys that the cache holds
     first_visible = tl.maximum(length - window, 0) if HAS_WINDOW else 0
     begin = first_visible // TILE * TILE
@@ -121,22 +137,19 @@ def _row_attention_kernel(
     k_ptr += head * stride_kv_head
     v_ptr += head * stride_kv_head
     k, v = _load_tile(k_ptr, v_ptr, table_ptr, start, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE, TILE)
-    slot, q_norm, k_norm = tl.load(slot_ptr).to(tl.int64), _pair(q_norm_ptr, HEAD_SIZE, COLS), _pair(k_norm_ptr, HEAD_SIZE, COLS)
-    angles = _angles(cos_sin_ptr, position_ptr, HEAD_SIZE, COLS)
+    q_norm, k_norm = _pair(q_norm_ptr, HEAD_SIZE, COLS), _pair(k_norm_ptr, HEAD_SIZE, COLS)
+    slot, angles = tl.load(slot_ptr).to(tl.int64), _angles(cos_sin_ptr, position_ptr, HEAD_SIZE, COLS)
     wait_for_input(IS_EARLY)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-    is_column = column < HEAD_SIZE
-    new_k_ptr = qkv_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_SIZE + tl.zeros((1, 1), tl.int32)
-    new_v = tl.load(new_k_ptr + NUM_KV_HEADS * HEAD_SIZE + column, mask=is_column, other=0.0)
+    is_column, is_query = column < HEAD_SIZE, (row < GROUP) & (column < HEAD_SIZE)
+    new_k_ptr = qkv_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_SIZE
     new_k = _turned(new_k_ptr, is_column, k_norm, angles, eps, HEAD_SIZE)
-    q = _turned(qkv_ptr + (head * GROUP + row) * HEAD_SIZE, (row < GROUP) & is_column, q_norm, angles, eps, HEAD_SIZE)
-    is_last = (part == num_parts - 1) & (length > 0)  # it has the new key too; a row of padding has none
-    new_offset = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot + column
-    tl.store(k_ptr + new_offset, new_k, mask=is_column & is_last & (slot >= 0))
-    tl.store(v_ptr + new_offset, new_v, mask=is_column & is_last & (slot >= 0))
-    peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
-    peak, total = tl.where(is_last, peak, float("-inf")), tl.where(is_last, tl.full((ROWS,), 1.0, tl.float32), 0.0)
-    output = tl.where(is_last, tl.zeros((ROWS, COLS), tl.float32) + new_v.to(tl.float32), 0.0)
+    new_v = tl.load(new_k_ptr + NUM_KV_HEADS * HEAD_SIZE + column, mask=is_column, other=0.0)
+    q = _turned(qkv_ptr + (head * GROUP + row) * HEAD_SIZE, is_query, q_norm, angles, eps, HEAD_SIZE)
+    has_new = (part == num_parts - 1) & (length > 0)  # a row of padding has none
+    is_stored = is_column & has_new & (slot >= 0)
+    _store_new(k_ptr, v_ptr, slot, new_k, new_v, is_stored, stride_block, stride_slot, BLOCK_SIZE)
+    peak, total, output = _start_softmax(q, new_k, tl.broadcast_to(new_v, q.shape), scale, has_new)
     for first in range(start, end, TILE):
         next_k, next_v = _load_tile(
             k_ptr, v_ptr, table_ptr, first + TILE, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE, TILE
@@ -148,10 +161,9 @@ def _row_attention_kernel(
     output /= tl.where(total == 0.0, 1.0, total)[:, None]
     out_ptr += head * GROUP * HEAD_SIZE
     if num_parts == 1:
-        tl.store(out_ptr + row * HEAD_SIZE + column, output.to(out_ptr.dtype.element_ty), mask=(row < GROUP) & is_column)
+        tl.store(out_ptr + row * HEAD_SIZE + column, output.to(out_ptr.dtype.element_ty), mask=is_query)
         return
-    first_slot, rows = head * splits, tl.arange(0, ROWS)
-    lse = peak + tl.log2(total)
+    first_slot, rows, lse = head * splits, tl.arange(0, ROWS), peak + tl.log2(total)
     store_part(parts_ptr, lse_ptr, (first_slot + part) * GROUP + rows, rows < GROUP, lse, output, HEAD_SIZE)
     tl.debug_barrier()  # every thread's part is stored before one thread says so
     if tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel") == num_parts - 1:

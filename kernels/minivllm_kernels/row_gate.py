@@ -56,7 +56,7 @@ def row_gate(
     eps: float,
     early: bool = False,
 ) -> None:
-    """out [1, F] = silu(gate) * up, where [gate, up] = x [1, K], normed with `norm` [K], times weight [2F, K], plus bias.
+    """out [1, F] = silu(gate) * up; [gate, up] = x [1, K], normed with `norm` [K], times weight [2F, K], plus bias.
 
     `early` as in row_product. Raises ValueError for shapes, types or devices that do not fit together.
     """

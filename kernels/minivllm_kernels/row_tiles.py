@@ -1,8 +1,8 @@
 """What the products of a single row share: its stretches and those of a matrix, as tuples that stay in registers.
 
-    K        |  COLUMNS  |  COLUMNS  |  COLUMNS  |
-    row      [     x0    ] [    x1    ] [    x2    ]      each stretch once, normalised by all of them
-    matrix   [ROWS,   w0 ] [ROWS,  w1 ] [ROWS,  w2 ]      all loads under way before the first is used
+K        |  COLUMNS  |  COLUMNS  |  COLUMNS  |
+row      [     x0    ] [    x1    ] [    x2    ]      each stretch once, normalised by all of them
+matrix   [ROWS,   w0 ] [ROWS,  w1 ] [ROWS,  w2 ]      all loads under way before the first is used
 """
 
 import triton
@@ -15,7 +15,7 @@ def load_tiles(rows_ptr, is_row, K: tl.constexpr, COLUMNS: tl.constexpr):
     column, tiles = tl.arange(0, COLUMNS)[None, :], ()
     for first in tl.static_range(0, K, COLUMNS):
         mask = is_row[:, None] & (first + column < K)
-        tiles += (tl.load(rows_ptr[:, None] + first + column, mask=mask, other=0.0),)
+        tiles += (tl.load(rows_ptr[:, None] + first + column, mask=mask, other=0.0),)  # type: ignore[assignment]
     return tiles
 
 
@@ -24,7 +24,7 @@ def load_row(ptr, K: tl.constexpr, COLUMNS: tl.constexpr):
     """A row of K elements as stretches [COLUMNS], zeros behind its end."""
     column, stretches = tl.arange(0, COLUMNS), ()
     for first in tl.static_range(0, K, COLUMNS):
-        stretches += (tl.load(ptr + first + column, mask=first + column < K, other=0.0),)
+        stretches += (tl.load(ptr + first + column, mask=first + column < K, other=0.0),)  # type: ignore[assignment]
     return stretches
 
 
@@ -33,7 +33,7 @@ def added(x, y):
     """The sum of two rows, rounded."""
     sums = ()
     for i in tl.static_range(len(x)):
-        sums += ((x[i].to(tl.float32) + y[i].to(tl.float32)).to(x[i].dtype),)
+        sums += ((x[i].to(tl.float32) + y[i].to(tl.float32)).to(x[i].dtype),)  # type: ignore[assignment]
     return sums
 
 
@@ -48,7 +48,7 @@ def normalised(x, weights, eps, K: tl.constexpr):
     for i in tl.static_range(len(x)):
         dtype = x[i].dtype
         unit = (x[i].to(tl.float32) * scale).to(dtype).to(tl.float32)
-        normed += ((unit * weights[i].to(tl.float32)).to(dtype),)
+        normed += ((unit * weights[i].to(tl.float32)).to(dtype),)  # type: ignore[assignment]
     return normed
 
 

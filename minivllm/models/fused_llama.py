@@ -3,8 +3,9 @@
     x --qkv--> q and k normed, turned; k and v stored --attention--> --o--> added to the residual, normed --> x
     x --gate, up--> silu(gate) * up --down--> added to the residual, normed with the next layer's weight --> x
 
-Integers are int32, as kernels read them. Rows of padding have position and slot -1 and no keys: nothing is stored.
-A single row takes five launches a layer, in one_row.py. It allocates only what a CUDA graph's pool may hold, and never waits for the GPU.
+A single row takes five launches, those of one_row.py. Integers are int32, as kernels read them. Rows of padding have
+position and slot -1 and no keys: nothing is stored.
+It allocates only what a CUDA graph's pool may hold, and never waits for the GPU.
 """
 
 from dataclasses import dataclass

@@ -3,15 +3,15 @@
     residual --norm, qkv--> norm, RoPE, K and V stored, attention --o--> added to residual
              --norm, gate and up, silu * up--> --down--> added to residual
 
-Each product reads its matrix once, and at a row that is all the time there is: so kernels are few, and each begins while
-the one in front still runs (minivllm_kernels/early_launch.py). The first is launched in the plain way: it waits for all
-that was computed before, and what it waited for the others may read early.
+Each product reads its matrix once, and at a row that is all the time there is: so kernels are few, and each begins
+while the one in front still runs (minivllm_kernels/early_launch.py). The first is launched in the plain way: it waits
+for all that was computed before, and what it waited for the others may read early.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
+from minivllm_kernels.embedding import embed
 from minivllm_kernels.row_attention import row_attention
 from minivllm_kernels.row_gate import row_gate
 from minivllm_kernels.row_product import row_product
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def one_row_body(model: "FusedLlama", batch: KernelBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """All layers for a token: what the last one adds and the residual it is added to, both [1, hidden]."""
     config, eps = model.config, model.config.rms_norm_eps
-    residual = F.embedding(batch.token_ids, model.embeddings)
+    residual = model.embeddings.new_empty(1, model.embeddings.shape[1])
+    embed(batch.token_ids, batch.chosen, model.embeddings, residual)
     x = torch.empty_like(residual)
     attended = x.new_empty(1, config.num_heads, config.head_size)
     gated = x.new_empty(1, config.intermediate_size)
