@@ -16,6 +16,8 @@ from minivllm_kernels.paged_attention import paged_attention
 from minivllm_kernels.paged_attention_hopper import paged_attention_hopper
 from minivllm_kernels.paged_decode import paged_decode
 from minivllm_kernels.paged_decode_hopper import paged_decode_hopper
+from minivllm_kernels.row_attention import row_attention
+from minivllm_kernels.row_gate import row_gate
 from minivllm_kernels.row_product import row_product
 from minivllm_kernels.sampling import MAX_TILES, sample
 from minivllm_kernels.shared_prefix_decode import shared_prefix_decode
@@ -89,7 +91,15 @@ def run_row_kernels() -> None:
     normal = partial(torch.randn, dtype=torch.bfloat16, device=DEVICE)
     add_rms_norm(normal(3, 1032), normal(3, 1032), normal(1032), normal(3, 1032), eps=1e-6)
     silu_and_mul(normal(3, 2 * 1032), normal(3, 1032))
-    row_product(normal(1, 1032), normal(41, 1032), normal(41), normal(1, 41))
+    x, out = normal(1, 1032), normal(1, 41)
+    row_product(x, normal(41, 1032), normal(41), out, plus=x, norm=x[0], eps=1e-6, add_to=out, early=True)
+    row_gate(x, x[0], normal(82, 1032), normal(82), out, eps=1e-6, early=True)
+    row = paged_case([1], [200], heads=(3, 3), dtype=torch.bfloat16)
+    place, workspace = torch.tensor([199], dtype=torch.int32, device=DEVICE), SplitWorkspace.allocate(DEVICE, 0, 1, 64)
+    row_attention(
+        normal(1, 9 * 64), normal(64), normal(64), torch.randn(200, 64, device=DEVICE), place, place % 16,
+        row.k_cache, row.v_cache, row.block_table, row.num_tokens, row.q, workspace, eps=1e-6, early=True,
+    )  # fmt: skip
     case = paged_case([1] * 5, [9] * 5, heads=(3, 3), dtype=torch.bfloat16)
     slots = torch.tensor([17, 3, -1, 40, 8], dtype=torch.int32, device=DEVICE)
     store_kv(case.q, case.q, case.k_cache, case.v_cache, slots)

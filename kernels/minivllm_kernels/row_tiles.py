@@ -33,7 +33,7 @@ def added(x, y):
     """The sum of two rows, rounded."""
     sums = ()
     for i in tl.static_range(len(x)):
-        sums += ((x[i].to(tl.float32) + y[i].to(tl.float32)).to(x[i].dtype),)  # type: ignore[assignment]
+        sums += ((x[i].to(tl.float32) + y[i].to(tl.float32)).to(x[i].dtype),)
     return sums
 
 
