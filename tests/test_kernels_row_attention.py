@@ -96,3 +96,27 @@ def test_without_a_slot_the_cache_stays_as_it_was() -> None:
     for mine, theirs in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
     assert not found[0].isnan().any()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    case = paged_case([1], [20], dtype=torch.float32)
+    workspace = SplitWorkspace.allocate(DEVICE, 0, 2, 64)
+    index, cos_sin = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(30, 64, device=DEVICE)
+    qkv, norm = torch.zeros(1, 8 * 64, device=DEVICE), torch.zeros(64, device=DEVICE)
+
+    def refused(message: str, **changes: torch.Tensor | None) -> None:
+        given = {
+            "qkv": qkv, "q_norm": norm, "k_norm": norm, "cos_sin": cos_sin, "position": index, "slot": index,
+            "k_cache": case.k_cache, "v_cache": case.v_cache, "block_table": case.block_table,
+            "num_tokens": case.num_tokens, "out": case.q, "workspace": workspace,
+        }  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            row_attention(**given | changes, eps=1e-6)  # type: ignore[arg-type]
+
+    refused(r"qkv has shape \(1, 448\)", qkv=qkv[:, :448])
+    refused("both norm weights or neither", k_norm=None)
+    refused(r"norm weights must be \[64\]", q_norm=norm[:32], k_norm=norm[:32])
+    refused("cos_sin has shape", cos_sin=cos_sin[:, :32])
+    refused("slot is torch.int64", slot=index.long())
+    refused("num_tokens has shape", num_tokens=case.num_tokens.repeat(2))
+    refused("out must be a contiguous", out=case.q.repeat(2, 1, 1))

@@ -197,22 +197,13 @@ def row_attention(
     `early`: begin beside the kernel in front, which must write neither integers nor older keys.
     Raises ValueError for shapes, types or devices that do not fit together.
     """
-    checks.check_cache(out, k_cache, v_cache)
-    _, num_heads, head_size = out.shape
-    num_kv_heads = k_cache.shape[2]
-    width = (num_heads + 2 * num_kv_heads) * head_size
-    checks.require(qkv.shape == (1, width), f"qkv has shape {tuple(qkv.shape)}, expected (1, {width})")
-    checks.require((q_norm is None) == (k_norm is None), "pass both norm weights or neither")
-    norms = [weight for weight in (q_norm, k_norm) if weight is not None]
-    checks.require(all(weight.shape == (head_size,) for weight in norms), f"norm weights must be [{head_size}]")
-    checks.check_float("qkv", qkv, out, *norms)
-    fits = cos_sin.shape[1] == head_size and cos_sin.is_contiguous()
-    checks.require(fits and out.is_contiguous(), f"cos_sin must be [max_position, {head_size}], contiguous as out is")
-    for name, tensor, shape in (
-        ("position", position, (1,)), ("slot", slot, (1,)), ("num_tokens", num_tokens, (1,)),
-        ("block_table", block_table, (1, block_table.shape[-1])),
-    ):  # fmt: skip
-        checks.check_index(name, tensor, shape, qkv.device)
+    _check(qkv, (q_norm, k_norm), cos_sin, k_cache, v_cache, out)
+    row, table = (1,), (1, block_table.shape[-1])
+    checks.check_index("position", position, row, qkv.device)
+    checks.check_index("slot", slot, row, qkv.device)
+    checks.check_index("num_tokens", num_tokens, row, qkv.device)
+    checks.check_index("block_table", block_table, table, qkv.device)
+    (_, num_heads, head_size), num_kv_heads = out.shape, k_cache.shape[2]
     config = configs.ROW_ATTENTION[configs.device_class(qkv.device)]
     group, columns = num_heads // num_kv_heads, triton.next_power_of_2(head_size)
     merge_rows = triton.next_power_of_2(group)
@@ -229,3 +220,25 @@ def row_attention(
         PRECISION="ieee" if qkv.dtype == torch.float32 else None, IS_EARLY=is_early,
         num_warps=config.num_warps, launch_pdl=bool(is_early),
     )  # fmt: skip
+
+
+def _check(
+    qkv: torch.Tensor,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The projection, the norms' weights, the angles, the caches and the output fit together."""
+    checks.check_cache(out, k_cache, v_cache)
+    _, num_heads, head_size = out.shape
+    width = (num_heads + 2 * k_cache.shape[2]) * head_size
+    checks.require(qkv.shape == (1, width), f"qkv has shape {tuple(qkv.shape)}, expected (1, {width})")
+    checks.require((norms[0] is None) == (norms[1] is None), "pass both norm weights or neither")
+    weights = [weight for weight in norms if weight is not None]
+    checks.require(all(weight.shape == (head_size,) for weight in weights), f"norm weights must be [{head_size}]")
+    checks.check_float("qkv", qkv, out, *weights)
+    fits = cos_sin.ndim == 2 and cos_sin.shape[1] == head_size and cos_sin.is_contiguous()
+    checks.require(fits, f"cos_sin has shape {tuple(cos_sin.shape)}, expected a contiguous [max_position, {head_size}]")
+    checks.require(len(out) == 1 and out.is_contiguous(), "out must be a contiguous [1, H, D]")
