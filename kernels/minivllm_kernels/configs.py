@@ -111,17 +111,25 @@ def row_shape(device: torch.device, size: int, row_bytes: int) -> RowShape:
 
 @dataclass(frozen=True)
 class RowAttentionConfig:
-    tile_bytes: int  # of K, and as many of V: two tiles of both are in registers at once
-    num_warps: int
-    programs_per_sm: int
-    least_tiles: int = 1  # of a part
+    """How `row_attention` runs: one wave of programs shares the keys of one request."""
+
+    tile_bytes: int  # of K, and as many of V: a part's first tile of both waits in registers
+    num_warps: int = 4
+    num_stages: int = 3  # of the loop over its other tiles
+    programs_per_sm: int = 1
 
     def tile_tokens(self, row_bytes: int) -> int:
         """Keys per tile; a tensor core wants at least 16."""
         return max(16, self.tile_bytes // row_bytes)
 
 
-ROW_ATTENTION = dict.fromkeys(DEVICE_CLASSES, RowAttentionConfig(tile_bytes=16384, num_warps=8, programs_per_sm=1))
+ROW_ATTENTION = dict.fromkeys(DEVICE_CLASSES, RowAttentionConfig(tile_bytes=16384))
+ROW_ATTENTION_FLOAT32 = RowAttentionConfig(tile_bytes=8192, num_stages=2)  # no tensor cores: more registers a key
+
+
+def row_attention_config(device: torch.device, dtype: torch.dtype) -> RowAttentionConfig:
+    """The measured choice for this device."""
+    return ROW_ATTENTION_FLOAT32 if dtype == torch.float32 else ROW_ATTENTION[device_class(device)]
 
 
 @dataclass(frozen=True)

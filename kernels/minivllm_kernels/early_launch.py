@@ -25,7 +25,7 @@ def can_launch_early(device: torch.device) -> bool:
 @triton.jit
 def let_next_begin(IS_EARLY: tl.constexpr):
     """The next kernel may begin as soon as all programs of this one have come here."""
-    if IS_EARLY == 1:
+    if IS_EARLY:
         gdc_launch_dependents()
 
 
@@ -34,5 +34,3 @@ def wait_for_input(IS_EARLY: tl.constexpr):
     """Wait until the kernels in front have ended and what they wrote can be read."""
     if IS_EARLY:
         gdc_wait()
-    if IS_EARLY == 2:
-        gdc_launch_dependents()

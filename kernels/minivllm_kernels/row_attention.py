@@ -8,8 +8,7 @@
                                                   last to finish merges: out [1, H, D]
 
 Every program of a KV head norms and turns its group's few queries anew. The first tile of K and V is on its way before
-q is known, and each further one before the tile in front of it is used. Parts are equal and as many as the keys are
-worth, so the order of additions depends on the length alone.
+q is known. Parts are equal and as many as the keys are worth, so the order of additions depends on the length alone.
 Bytes: 2 * Hkv * D * itemsize a key.
 """
 
@@ -21,7 +20,7 @@ import triton.language as tl
 
 from minivllm_kernels import checks, configs
 from minivllm_kernels.early_launch import can_launch_early, let_next_begin, wait_for_input
-from minivllm_kernels.split_kv import LOG2_E, merge_partials, store_part
+from minivllm_kernels.split_kv import LOG2_E, attend_tiles, merge_partials, store_part
 from minivllm_kernels.workspace import SplitWorkspace
 
 
@@ -87,14 +86,25 @@ def _load_tile(
 
 
 @triton.jit
-def _attend(q, k, v, is_seen, peak, total, output, scale, PRECISION: tl.constexpr):
-    """One tile more in an online softmax: running maximum [ROWS], sum [ROWS] and output [ROWS, COLS]."""
+def _with_tile(peak, total, output, q, k, v, is_seen, scale, PRECISION: tl.constexpr):
+    """A softmax (running maximum [ROWS], sum [ROWS], output [ROWS, COLS]) with one tile of keys more."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [ROWS, TILE]
     scores = tl.where(is_seen[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights, shrink = tl.exp2(scores - new_peak[:, None]), tl.exp2(peak - new_peak)
+    pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row of padding sees no key
+    weights, shrink = tl.exp2(scores - pivot[:, None]), tl.exp2(peak - pivot)
     output = tl.dot(weights.to(v.dtype), v, output * shrink[:, None], input_precision=PRECISION)
     return new_peak, total * shrink + tl.sum(weights, 1), output
+
+
+@triton.jit
+def _joined(peak, total, output, other):
+    """A softmax with the keys of another, which has seen one at least."""
+    other_peak, other_total, other_output = other
+    new_peak = tl.maximum(peak, other_peak)
+    shrink, other_shrink = tl.exp2(peak - new_peak), tl.exp2(other_peak - new_peak)
+    output = output * shrink[:, None] + other_output * other_shrink[:, None]
+    return new_peak, total * shrink + other_total * other_shrink, output
 
 
 @triton.jit
@@ -120,7 +130,7 @@ def _row_attention_kernel(
     q_norm_ptr, k_norm_ptr, cos_sin_ptr, position_ptr, slot_ptr, k_ptr, v_ptr, table_ptr, num_tokens_ptr, out_ptr,
     parts_ptr, lse_ptr, arrivals_ptr, eps, scale, window, splits, stride_block, stride_slot, stride_kv_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, LEAST_TILES: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MERGE_ROWS: tl.constexpr,
     PARTS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes the query heads of a KV head and one part of the keys."""
@@ -129,7 +139,7 @@ def _row_attention_kernel(
     old = length - 1  # keys that the cache holds
     first_visible = tl.maximum(length - window, 0) if HAS_WINDOW else 0
     begin = first_visible // TILE * TILE
-    share = tl.maximum(tl.cdiv(tl.cdiv(old - begin, TILE), splits), LEAST_TILES) * TILE
+    share = tl.maximum(tl.cdiv(tl.cdiv(old - begin, TILE), splits), 1) * TILE
     num_parts = tl.maximum(tl.cdiv(old - begin, share), 1)
     if part >= num_parts:
         return
@@ -150,14 +160,15 @@ def _row_attention_kernel(
     is_stored = is_column & has_new & (slot >= 0)
     _store_new(k_ptr, v_ptr, slot, new_k, new_v, is_stored, stride_block, stride_slot, BLOCK_SIZE)
     peak, total, output = _start_softmax(q, new_k, tl.broadcast_to(new_v, q.shape), scale, has_new)
-    for first in range(start, end, TILE):
-        next_k, next_v = _load_tile(
-            k_ptr, v_ptr, table_ptr, first + TILE, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE, TILE
-        )
-        token = first + tl.arange(0, TILE)
-        is_seen = (token < end) & (token >= first_visible)
-        peak, total, output = _attend(q, k, v, is_seen, peak, total, output, scale, PRECISION)
-        k, v = next_k, next_v
+    token = start + tl.arange(0, TILE)
+    is_seen = (token < end) & (token >= first_visible)
+    peak, total, output = _with_tile(peak, total, output, q, k, v, is_seen, scale, PRECISION)
+    if start + TILE < end:
+        rest = attend_tiles(
+            q, k_ptr, v_ptr, table_ptr, start + TILE, end, first_visible, scale, 0.0, stride_block, stride_slot,
+            HEAD_SIZE, BLOCK_SIZE, TILE, HAS_WINDOW, False, PRECISION,
+        )  # fmt: skip
+        peak, total, output = _joined(peak, total, output, rest)
     output /= tl.where(total == 0.0, 1.0, total)[:, None]
     out_ptr += head * GROUP * HEAD_SIZE
     if num_parts == 1:
@@ -204,7 +215,7 @@ def row_attention(
     checks.check_index("num_tokens", num_tokens, row, qkv.device)
     checks.check_index("block_table", block_table, table, qkv.device)
     (_, num_heads, head_size), num_kv_heads = out.shape, k_cache.shape[2]
-    config = configs.ROW_ATTENTION[configs.device_class(qkv.device)]
+    config = configs.row_attention_config(qkv.device, qkv.dtype)
     group, columns = num_heads // num_kv_heads, triton.next_power_of_2(head_size)
     merge_rows = triton.next_power_of_2(group)
     splits = max(1, config.programs_per_sm * configs.num_multiprocessors(qkv.device) // num_kv_heads)
@@ -215,10 +226,10 @@ def row_attention(
         workspace.parts, workspace.lse, workspace.arrivals, eps, LOG2_E / math.sqrt(head_size), window or 0, splits,
         *k_cache.stride()[:3], NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(16, merge_rows), HEAD_SIZE=head_size,
         COLS=columns, BLOCK_SIZE=k_cache.shape[1], TILE=config.tile_tokens(columns * qkv.element_size()),
-        LEAST_TILES=config.least_tiles, MERGE_ROWS=merge_rows,
+        MERGE_ROWS=merge_rows,
         PARTS=max(1, min(16, 8192 // (merge_rows * columns))), HAS_WINDOW=window is not None,
         PRECISION="ieee" if qkv.dtype == torch.float32 else None, IS_EARLY=is_early,
-        num_warps=config.num_warps, launch_pdl=bool(is_early),
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=is_early,
     )  # fmt: skip
 
 

@@ -69,5 +69,5 @@ def row_gate(
     is_early = early and can_launch_early(x.device)
     _row_gate_kernel[(triton.cdiv(size, shape.rows),)](
         x, norm, weight, bias, out, eps, weight.stride(0), F=size, K=depth, ROWS=shape.rows,
-        COLUMNS=shape.columns, IS_EARLY=is_early, num_warps=shape.num_warps, launch_pdl=bool(is_early),
+        COLUMNS=shape.columns, IS_EARLY=is_early, num_warps=shape.num_warps, launch_pdl=is_early,
     )  # fmt: skip

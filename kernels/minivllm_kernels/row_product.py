@@ -78,7 +78,7 @@ def row_product(
     is_early = early and can_launch_early(x.device)
     _row_product_kernel[(triton.cdiv(size, shape.rows),)](
         x, plus, norm, weight, bias, add_to, out, eps, weight.stride(0), N=size, K=depth, ROWS=shape.rows,
-        COLUMNS=shape.columns, IS_EARLY=is_early, num_warps=shape.num_warps, launch_pdl=bool(is_early),
+        COLUMNS=shape.columns, IS_EARLY=is_early, num_warps=shape.num_warps, launch_pdl=is_early,
     )  # fmt: skip
 
 
