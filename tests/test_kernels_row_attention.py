@@ -79,7 +79,7 @@ CASES: dict[str, tuple[tuple[int, tuple[int, int], int, int], dict[str, Any]]] =
 def test_output_and_cache_are_those_of_two_launches(name: str, dtype: torch.dtype) -> None:
     shape, options = CASES[name]
     found, expected = attend(*shape, dtype, **options)
-    assert relative_error(found[0], expected[0]) < TOLERANCE[dtype]
+    assert relative_error(found[0], expected[0]) < 2 * TOLERANCE[dtype]  # each is off by its own roundings
     for mine, theirs in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert relative_error(mine.nan_to_num(), theirs.nan_to_num()) < TOLERANCE[dtype] / 10

@@ -87,12 +87,18 @@ def norm_warps(device: torch.device, padded_width: int) -> int:
 
 @dataclass(frozen=True)
 class RowProductConfig:
-    tile_bytes: int  # of the matrix, a program's share: all of it is under way at once
+    product_bytes: int  # of a matrix, a program's share: all of it is under way at once
+    gate_bytes: int  # of gate and up together
+    least_rows: int  # else x and norm, which each program loads, are as many bytes as the weight
+    most_bytes: int  # that registers hold
     columns: int  # of a stretch: 8 a thread are a load of 16 bytes
     num_warps: int
 
 
-ROW_PRODUCT = dict.fromkeys(DEVICE_CLASSES, RowProductConfig(tile_bytes=16384, columns=1024, num_warps=4))
+ROW_PRODUCT = dict.fromkeys(
+    DEVICE_CLASSES,
+    RowProductConfig(product_bytes=16384, gate_bytes=8192, least_rows=2, most_bytes=65536, columns=1024, num_warps=4),
+)
 
 
 @dataclass(frozen=True)
@@ -102,20 +108,20 @@ class RowShape:
     num_warps: int
 
 
-def row_shape(device: torch.device, size: int, row_bytes: int) -> RowShape:
-    """How many rows of a matrix of `size` rows a program takes: rows of 2 kB -> 8, of 24 kB -> 1."""
+def row_shape(device: torch.device, row_bytes: int, *, is_gate: bool = False) -> RowShape:
+    """How many rows of a matrix a program takes: rows of 2 kB -> 8, of 24 kB -> 2; of a gate, how many pairs."""
     config = ROW_PRODUCT[device_class(device)]
-    rows = config.tile_bytes // row_bytes
-    return RowShape(1 << max(rows, 1).bit_length() - 1, config.columns, config.num_warps)
+    unit, wanted = (2 * row_bytes, config.gate_bytes) if is_gate else (row_bytes, config.product_bytes)
+    rows = min(max(wanted // unit, config.least_rows), max(config.most_bytes // unit, 1))
+    return RowShape(1 << rows.bit_length() - 1, config.columns, config.num_warps)
 
 
 @dataclass(frozen=True)
 class RowAttentionConfig:
     """How `row_attention` runs: one wave of programs shares the keys of one request."""
 
-    tile_bytes: int  # of K, and as many of V: a part's first tile of both waits in registers
+    tile_bytes: int  # of K, and as many of V: two tiles of both are in registers at once
     num_warps: int = 4
-    num_stages: int = 3  # of the loop over its other tiles
     programs_per_sm: int = 1
 
     def tile_tokens(self, row_bytes: int) -> int:
@@ -124,7 +130,7 @@ class RowAttentionConfig:
 
 
 ROW_ATTENTION = dict.fromkeys(DEVICE_CLASSES, RowAttentionConfig(tile_bytes=16384))
-ROW_ATTENTION_FLOAT32 = RowAttentionConfig(tile_bytes=8192, num_stages=2)  # no tensor cores: more registers a key
+ROW_ATTENTION_FLOAT32 = RowAttentionConfig(tile_bytes=8192, num_warps=8)  # no tensor cores: more registers a key
 
 
 def row_attention_config(device: torch.device, dtype: torch.dtype) -> RowAttentionConfig:

@@ -8,7 +8,9 @@
                                                   last to finish merges: out [1, H, D]
 
 Every program of a KV head norms and turns its group's few queries anew. The first tile of K and V is on its way before
-q is known. Parts are equal and as many as the keys are worth, so the order of additions depends on the length alone.
+q is known, and each further one before the tile in front of it is used: through registers, for kernels that begin early
+must share an SM with the ones in front, and shared memory of more than 48 kB makes it wait until it is empty.
+Parts are equal and as many as the keys are worth, so the order of additions depends on the length alone.
 Bytes: 2 * Hkv * D * itemsize a key.
 """
 
@@ -20,7 +22,7 @@ import triton.language as tl
 
 from minivllm_kernels import checks, configs
 from minivllm_kernels.early_launch import can_launch_early, let_next_begin, wait_for_input
-from minivllm_kernels.split_kv import LOG2_E, attend_tiles, merge_partials, store_part
+from minivllm_kernels.split_kv import LOG2_E, merge_partials, store_part
 from minivllm_kernels.workspace import SplitWorkspace
 
 
@@ -30,15 +32,11 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _pair(weight_ptr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr):
-    """A norm's weight [1, COLS], and for each element its partner's, half a head away; (None, None) without a norm."""
-    weight, partner = None, None
-    if weight_ptr is not None:
-        column = tl.arange(0, COLS)[None, :]
-        mask = column < HEAD_SIZE
-        weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
-        partner = tl.load(weight_ptr + (column + HEAD_SIZE // 2) % HEAD_SIZE, mask=mask, other=0.0)
-    return weight, partner
+def _with_partners(ptr, mask, HEAD_SIZE: tl.constexpr):
+    """Elements [.., COLS] of heads that start at `ptr`, and for each its partner of the rotation, half a head away."""
+    column = tl.arange(0, mask.shape[1])[None, :]
+    partner = tl.load(ptr + (column + HEAD_SIZE // 2) % HEAD_SIZE, mask=mask, other=0.0)
+    return tl.load(ptr + column, mask=mask, other=0.0), partner
 
 
 @triton.jit
@@ -53,17 +51,14 @@ def _angles(cos_sin_ptr, position_ptr, HEAD_SIZE: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def _turned(ptr, mask, norm, angles, eps, HEAD_SIZE: tl.constexpr):
+def _turned(ptr, mask, weight, partner_weight, angles, eps, HEAD_SIZE: tl.constexpr):
     """Heads that start at `ptr` [heads, 1], normed if there is a weight, and turned: [heads, COLS].
 
-    Each element meets its partner of the rotation by being read twice; rounds where store_kv.py does.
+    Each element meets its partner by being read twice; rounds where store_kv.py does.
     """
-    column = tl.arange(0, mask.shape[1])[None, :]
-    x = tl.load(ptr + column, mask=mask, other=0.0)
-    partner = tl.load(ptr + (column + HEAD_SIZE // 2) % HEAD_SIZE, mask=mask, other=0.0)
+    x, partner = _with_partners(ptr, mask, HEAD_SIZE)
     dtype: tl.constexpr = x.dtype
     x, partner = x.to(tl.float32), partner.to(tl.float32)
-    weight, partner_weight = norm
     if weight is not None:
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_SIZE + eps)[:, None]
         x = _rounded(_rounded(x * scale, dtype) * weight.to(tl.float32), dtype)
@@ -73,47 +68,45 @@ def _turned(ptr, mask, norm, angles, eps, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _blocks(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where the keys from `start` on lie, read a tile ahead."""
+    token = start + tl.arange(0, TILE)
+    return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < end, other=0).to(tl.int64)
+
+
+@triton.jit
 def _load_tile(
-    k_ptr, v_ptr, table_ptr, start, end, stride_block, stride_slot,
-    HEAD_SIZE: tl.constexpr, COLS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    k_ptr, v_ptr, blocks, start, end, stride_block, stride_slot,
+    HEAD_SIZE: tl.constexpr, COLS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """K and V [TILE, COLS] of the keys from `start` on, zeros from `end` on: there lies garbage, NaN included."""
-    token, column = start + tl.arange(0, TILE), tl.arange(0, COLS)
-    block = tl.load(table_ptr + token // BLOCK_SIZE, mask=token < end, other=0).to(tl.int64)
-    offset = (block * stride_block + token % BLOCK_SIZE * stride_slot)[:, None] + column[None, :]
+    token, column = start + tl.arange(0, blocks.shape[0]), tl.arange(0, COLS)
+    offset = (blocks * stride_block + token % BLOCK_SIZE * stride_slot)[:, None] + column[None, :]
     mask = (token < end)[:, None] & (column < HEAD_SIZE)[None, :]
     return tl.load(k_ptr + offset, mask=mask, other=0.0), tl.load(v_ptr + offset, mask=mask, other=0.0)
 
 
 @triton.jit
-def _with_tile(peak, total, output, q, k, v, is_seen, scale, PRECISION: tl.constexpr):
-    """A softmax (running maximum [ROWS], sum [ROWS], output [ROWS, COLS]) with one tile of keys more."""
+def _with_tile(softmax, q, k, v, first, first_visible, end, scale, PRECISION: tl.constexpr):
+    """A softmax (running maximum [ROWS], sum [ROWS], output [ROWS, COLS]) with the tile of keys from `first` on."""
+    peak, total, output = softmax
+    token = first + tl.arange(0, k.shape[0])
+    is_seen = (token < end) & (token >= first_visible)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [ROWS, TILE]
     scores = tl.where(is_seen[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row of padding sees no key
-    weights, shrink = tl.exp2(scores - pivot[:, None]), tl.exp2(peak - pivot)
+    weights, shrink = tl.exp2(scores - new_peak[:, None]), tl.exp2(peak - new_peak)
     output = tl.dot(weights.to(v.dtype), v, output * shrink[:, None], input_precision=PRECISION)
     return new_peak, total * shrink + tl.sum(weights, 1), output
 
 
 @triton.jit
-def _joined(peak, total, output, other):
-    """A softmax with the keys of another, which has seen one at least."""
-    other_peak, other_total, other_output = other
-    new_peak = tl.maximum(peak, other_peak)
-    shrink, other_shrink = tl.exp2(peak - new_peak), tl.exp2(other_peak - new_peak)
-    output = output * shrink[:, None] + other_output * other_shrink[:, None]
-    return new_peak, total * shrink + other_total * other_shrink, output
-
-
-@triton.jit
-def _store_new(k_ptr, v_ptr, slot, k, v, is_stored, stride_block, stride_slot, BLOCK_SIZE: tl.constexpr):
-    """The new key and value [1, COLS] into their slot."""
+def _store_new(k_ptr, v_ptr, slot, k, v, mask, stride_block, stride_slot, BLOCK_SIZE: tl.constexpr):
+    """The new key and value [1, COLS] into their slot, if they have one."""
     column = tl.arange(0, k.shape[1])[None, :]
     offset = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot + column
-    tl.store(k_ptr + offset, k, mask=is_stored)
-    tl.store(v_ptr + offset, v, mask=is_stored)
+    tl.store(k_ptr + offset, k, mask=mask & (slot >= 0))
+    tl.store(v_ptr + offset, v, mask=mask & (slot >= 0))
 
 
 @triton.jit
@@ -144,31 +137,34 @@ def _row_attention_kernel(
     if part >= num_parts:
         return
     start, end = begin + part * share, tl.minimum(begin + part * share + share, old)
-    k_ptr += head * stride_kv_head
-    v_ptr += head * stride_kv_head
-    k, v = _load_tile(k_ptr, v_ptr, table_ptr, start, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE, TILE)
-    q_norm, k_norm = _pair(q_norm_ptr, HEAD_SIZE, COLS), _pair(k_norm_ptr, HEAD_SIZE, COLS)
-    slot, angles = tl.load(slot_ptr).to(tl.int64), _angles(cos_sin_ptr, position_ptr, HEAD_SIZE, COLS)
-    wait_for_input(IS_EARLY)
+    k_ptr, v_ptr = k_ptr + head * stride_kv_head, v_ptr + head * stride_kv_head
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     is_column, is_query = column < HEAD_SIZE, (row < GROUP) & (column < HEAD_SIZE)
+    blocks = _blocks(table_ptr, start, end, BLOCK_SIZE, TILE)
+    k, v = _load_tile(k_ptr, v_ptr, blocks, start, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE)
+    blocks = _blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
+    q_norm, q_partner_norm, k_norm, k_partner_norm = None, None, None, None
+    if q_norm_ptr is not None:
+        q_norm, q_partner_norm = _with_partners(q_norm_ptr, is_column, HEAD_SIZE)
+        k_norm, k_partner_norm = _with_partners(k_norm_ptr, is_column, HEAD_SIZE)
+    slot, angles = tl.load(slot_ptr).to(tl.int64), _angles(cos_sin_ptr, position_ptr, HEAD_SIZE, COLS)
+    wait_for_input(IS_EARLY)
     new_k_ptr = qkv_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_SIZE
-    new_k = _turned(new_k_ptr, is_column, k_norm, angles, eps, HEAD_SIZE)
+    new_k = _turned(new_k_ptr, is_column, k_norm, k_partner_norm, angles, eps, HEAD_SIZE)
     new_v = tl.load(new_k_ptr + NUM_KV_HEADS * HEAD_SIZE + column, mask=is_column, other=0.0)
-    q = _turned(qkv_ptr + (head * GROUP + row) * HEAD_SIZE, is_query, q_norm, angles, eps, HEAD_SIZE)
+    q_ptr = qkv_ptr + (head * GROUP + row) * HEAD_SIZE
+    q = _turned(q_ptr, is_query, q_norm, q_partner_norm, angles, eps, HEAD_SIZE)
     has_new = (part == num_parts - 1) & (length > 0)  # a row of padding has none
-    is_stored = is_column & has_new & (slot >= 0)
-    _store_new(k_ptr, v_ptr, slot, new_k, new_v, is_stored, stride_block, stride_slot, BLOCK_SIZE)
-    peak, total, output = _start_softmax(q, new_k, tl.broadcast_to(new_v, q.shape), scale, has_new)
-    token = start + tl.arange(0, TILE)
-    is_seen = (token < end) & (token >= first_visible)
-    peak, total, output = _with_tile(peak, total, output, q, k, v, is_seen, scale, PRECISION)
-    if start + TILE < end:
-        rest = attend_tiles(
-            q, k_ptr, v_ptr, table_ptr, start + TILE, end, first_visible, scale, 0.0, stride_block, stride_slot,
-            HEAD_SIZE, BLOCK_SIZE, TILE, HAS_WINDOW, False, PRECISION,
-        )  # fmt: skip
-        peak, total, output = _joined(peak, total, output, rest)
+    _store_new(k_ptr, v_ptr, slot, new_k, new_v, is_column & has_new, stride_block, stride_slot, BLOCK_SIZE)
+    softmax = _start_softmax(q, new_k, tl.broadcast_to(new_v, q.shape), scale, has_new)
+    for first in range(start, end, TILE):
+        next_k, next_v = _load_tile(
+            k_ptr, v_ptr, blocks, first + TILE, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE
+        )
+        blocks = _blocks(table_ptr, first + 2 * TILE, end, BLOCK_SIZE, TILE)
+        softmax = _with_tile(softmax, q, k, v, first, first_visible, end, scale, PRECISION)
+        k, v = next_k, next_v
+    peak, total, output = softmax
     output /= tl.where(total == 0.0, 1.0, total)[:, None]
     out_ptr += head * GROUP * HEAD_SIZE
     if num_parts == 1:
@@ -229,7 +225,7 @@ def row_attention(
         MERGE_ROWS=merge_rows,
         PARTS=max(1, min(16, 8192 // (merge_rows * columns))), HAS_WINDOW=window is not None,
         PRECISION="ieee" if qkv.dtype == torch.float32 else None, IS_EARLY=is_early,
-        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=is_early,
+        num_warps=config.num_warps, launch_pdl=is_early,
     )  # fmt: skip
 
 

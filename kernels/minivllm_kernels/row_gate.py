@@ -65,7 +65,7 @@ def row_gate(
     fits = out.shape == (1, size) and len(weight) == 2 * size
     checks.require(fits, f"out has shape {tuple(out.shape)}, expected (1, {len(weight) // 2})")
     checks.check_float("x", x, out)
-    shape = configs.row_shape(x.device, size, 2 * depth * x.element_size())
+    shape = configs.row_shape(x.device, depth * x.element_size(), is_gate=True)
     is_early = early and can_launch_early(x.device)
     _row_gate_kernel[(triton.cdiv(size, shape.rows),)](
         x, norm, weight, bias, out, eps, weight.stride(0), F=size, K=depth, ROWS=shape.rows,

@@ -74,7 +74,7 @@ def row_product(
         shape_fits = rows is None or rows.shape == (1, size)
         checks.require(shape_fits, f"{name} has shape {None if rows is None else tuple(rows.shape)}, not (1, {size})")
     checks.check_float("x", x, out, *(tensor for tensor in (add_to,) if tensor is not None))
-    shape = configs.row_shape(x.device, size, depth * x.element_size())
+    shape = configs.row_shape(x.device, depth * x.element_size())
     is_early = early and can_launch_early(x.device)
     _row_product_kernel[(triton.cdiv(size, shape.rows),)](
         x, plus, norm, weight, bias, add_to, out, eps, weight.stride(0), N=size, K=depth, ROWS=shape.rows,
