@@ -87,11 +87,8 @@ def _load_tile(
 
 
 @triton.jit
-def _with_tile(softmax, q, k, v, first, first_visible, end, scale, PRECISION: tl.constexpr):
-    """A softmax (running maximum [ROWS], sum [ROWS], output [ROWS, COLS]) with the tile of keys from `first` on."""
-    peak, total, output = softmax
-    token = first + tl.arange(0, k.shape[0])
-    is_seen = (token < end) & (token >= first_visible)
+def _with_tile(peak, total, output, q, k, v, is_seen, scale, PRECISION: tl.constexpr):
+    """A softmax (running maximum [ROWS], sum [ROWS], output [ROWS, COLS]) with a tile of keys more."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [ROWS, TILE]
     scores = tl.where(is_seen[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -123,8 +120,8 @@ def _row_attention_kernel(
     q_norm_ptr, k_norm_ptr, cos_sin_ptr, position_ptr, slot_ptr, k_ptr, v_ptr, table_ptr, num_tokens_ptr, out_ptr,
     parts_ptr, lse_ptr, arrivals_ptr, eps, scale, window, splits, stride_block, stride_slot, stride_kv_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, COLS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MERGE_ROWS: tl.constexpr,
-    PARTS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, IS_EARLY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MERGE_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes the query heads of a KV head and one part of the keys."""
     let_next_begin(IS_EARLY)
@@ -138,7 +135,7 @@ def _row_attention_kernel(
         return
     start, end = begin + part * share, tl.minimum(begin + part * share + share, old)
     k_ptr, v_ptr = k_ptr + head * stride_kv_head, v_ptr + head * stride_kv_head
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    row, column, tile = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :], tl.arange(0, TILE)
     is_column, is_query = column < HEAD_SIZE, (row < GROUP) & (column < HEAD_SIZE)
     blocks = _blocks(table_ptr, start, end, BLOCK_SIZE, TILE)
     k, v = _load_tile(k_ptr, v_ptr, blocks, start, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE)
@@ -149,22 +146,22 @@ def _row_attention_kernel(
         k_norm, k_partner_norm = _with_partners(k_norm_ptr, is_column, HEAD_SIZE)
     slot, angles = tl.load(slot_ptr).to(tl.int64), _angles(cos_sin_ptr, position_ptr, HEAD_SIZE, COLS)
     wait_for_input(IS_EARLY)
+    q_ptr = qkv_ptr + (head * GROUP + row) * HEAD_SIZE
     new_k_ptr = qkv_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_SIZE
     new_k = _turned(new_k_ptr, is_column, k_norm, k_partner_norm, angles, eps, HEAD_SIZE)
     new_v = tl.load(new_k_ptr + NUM_KV_HEADS * HEAD_SIZE + column, mask=is_column, other=0.0)
-    q_ptr = qkv_ptr + (head * GROUP + row) * HEAD_SIZE
     q = _turned(q_ptr, is_query, q_norm, q_partner_norm, angles, eps, HEAD_SIZE)
     has_new = (part == num_parts - 1) & (length > 0)  # a row of padding has none
     _store_new(k_ptr, v_ptr, slot, new_k, new_v, is_column & has_new, stride_block, stride_slot, BLOCK_SIZE)
-    softmax = _start_softmax(q, new_k, tl.broadcast_to(new_v, q.shape), scale, has_new)
+    peak, total, output = _start_softmax(q, new_k, tl.broadcast_to(new_v, q.shape), scale, has_new)
     for first in range(start, end, TILE):
         next_k, next_v = _load_tile(
             k_ptr, v_ptr, blocks, first + TILE, end, stride_block, stride_slot, HEAD_SIZE, COLS, BLOCK_SIZE
         )
         blocks = _blocks(table_ptr, first + 2 * TILE, end, BLOCK_SIZE, TILE)
-        softmax = _with_tile(softmax, q, k, v, first, first_visible, end, scale, PRECISION)
+        is_seen = (first + tile < end) & (first + tile >= first_visible)
+        peak, total, output = _with_tile(peak, total, output, q, k, v, is_seen, scale, PRECISION)
         k, v = next_k, next_v
-    peak, total, output = softmax
     output /= tl.where(total == 0.0, 1.0, total)[:, None]
     out_ptr += head * GROUP * HEAD_SIZE
     if num_parts == 1:
