@@ -146,8 +146,7 @@ def _row_attention_kernel(
         k_norm, k_partner_norm = _with_partners(k_norm_ptr, is_column, HEAD_SIZE)
     slot, angles = tl.load(slot_ptr).to(tl.int64), _angles(cos_sin_ptr, position_ptr, HEAD_SIZE, COLS)
     wait_for_input(IS_EARLY)
-    q_ptr = qkv_ptr + (head * GROUP + row) * HEAD_SIZE
-    new_k_ptr = qkv_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_SIZE
+    q_ptr, new_k_ptr = qkv_ptr + (head * GROUP + row) * HEAD_SIZE, qkv_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_SIZE
     new_k = _turned(new_k_ptr, is_column, k_norm, k_partner_norm, angles, eps, HEAD_SIZE)
     new_v = tl.load(new_k_ptr + NUM_KV_HEADS * HEAD_SIZE + column, mask=is_column, other=0.0)
     q = _turned(q_ptr, is_query, q_norm, q_partner_norm, angles, eps, HEAD_SIZE)
