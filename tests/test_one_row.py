@@ -49,7 +49,8 @@ def batch(length: int, num_rows: int) -> KernelBatch:
     last = length - 1
     slot = int(table[0, last // BLOCK_SIZE]) * BLOCK_SIZE + last % BLOCK_SIZE
     keys = Keys(table.expand(num_rows, -1).contiguous(), ints(length, 0))
-    return KernelBatch(ints(17, 0), ints(last, -1), ints(slot, -1), keys, None, ints(0, 0), 0)
+    token_ids, chosen = (ints(17, 0), ints(0, 0)) if length == 1 else (ints(-1, 0), ints(17, 0))  # known, or promised
+    return KernelBatch(token_ids, chosen, ints(last, -1), ints(slot, -1), keys, None, ints(0, 0), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
