@@ -1,7 +1,7 @@
 """How an engine is run: every decision of the scheduler and the KV manager that a user may set, checked when built."""
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from minivllm.config import require_integers
@@ -100,6 +100,15 @@ class EngineConfig:
     def most_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens ever holds at a time."""
         return most_blocks(num_tokens, self.block_size, self.group_windows, self.max_num_batched_tokens)
+
+    def limited(self, max_num_seqs: int, max_num_batched_tokens: int) -> "EngineConfig":
+        """The same with lower limits of a step. Raises ConfigError for higher ones: buffers are made for these."""
+        if max_num_seqs > self.max_num_seqs or max_num_batched_tokens > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"this engine was built for at most max_num_seqs={self.max_num_seqs} and max_num_batched_tokens="
+                f"{self.max_num_batched_tokens}; build it with more, and lower them then"
+            )
+        return replace(self, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
 
     @property
     def chunks_prompts(self) -> bool:

@@ -277,18 +277,26 @@ class EventBus:
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
         self._last: list[Listener] = []
+        self.hash_readers: list[Listener] = []  # of StepRan.state_hash, a look at the whole pool; none: it is ""
 
     def __bool__(self) -> bool:
         return bool(self._listeners or self._last)
 
-    def listen(self, listener: Listener, *, is_last: bool = False) -> Callable[[], None]:
+    def listen(self, listener: Listener, *, is_last: bool = False, wants_hash: bool = True) -> Callable[[], None]:
         """Call `listener` with every event from now on; the returned function ends that.
 
         `is_last` puts it behind all others, also those to come: what it emits itself, they hear after what it heard.
         """
-        listeners = self._last if is_last else self._listeners
-        listeners.append(listener)
-        return lambda: listeners.remove(listener) if listener in listeners else None
+        lists = [self._last if is_last else self._listeners, *([self.hash_readers] if wants_hash else [])]
+        for listeners in lists:
+            listeners.append(listener)
+
+        def stop() -> None:
+            for listeners in lists:
+                if listener in listeners:
+                    listeners.remove(listener)
+
+        return stop
 
     def emit(self, event: Event) -> None:
         for listener in self._listeners:

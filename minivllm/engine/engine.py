@@ -35,7 +35,7 @@ class Engine:
     """Requests in, tokens out. One thread at a time may call it; LLM guards it with a lock."""
 
     def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
-        self.config = config
+        self.config = self.built_config = config
         self.runner = runner
         self.clock = clock  # seconds; a simulation passes its own
         self.events = EventBus()
@@ -121,6 +121,10 @@ class Engine:
         self.scheduler.append(request, [token_id])
         if request.is_finished:
             del self.requests[request_id]
+
+    def limit(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        """Other limits from the next step on, as `EngineConfig.limited` takes them; who runs beyond them goes on."""
+        self.config = self.scheduler.config = self.built_config.limited(max_num_seqs, max_num_batched_tokens)
 
     def step(self) -> list[Request]:
         """Advance every scheduled request; return those that got a token.
@@ -276,9 +280,16 @@ class Engine:
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),
                 num_free=self.kv.pool.num_free,
+<<<<<<< HEAD
                 schedule_ms=(step.planned_s - step.started_s) * 1e3,
                 run_ms=(self._last_end_s - begun_s) * 1e3,
                 update_ms=(updated_s - self._last_end_s) * 1e3,
                 state_hash=self.state_hash(),
+=======
+                schedule_ms=(planned_s - started_s) * 1e3,
+                run_ms=(ran_s - planned_s) * 1e3,
+                update_ms=(updated_s - ran_s) * 1e3,
+                state_hash=self.state_hash() if self.events.hash_readers else "",
+>>>>>>> b23dd84 (The engine room: an LLM driven under a load that sliders change, frames ten a second, and the dashboard over them)
             )
         )

@@ -6,7 +6,7 @@ line, page, pick. A filled box has a pattern too, so that no meaning hangs on co
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 from minivllm.errors import MiniVLLMError, short
 from minivllm.views.picture import Picture
@@ -69,6 +69,16 @@ class Dot(NamedTuple):
     kind: str = "dot"
 
 
+class Trail(NamedTuple):
+    """A line through points, each [x, y]."""
+
+    points: Sequence[tuple[float, float]]
+    ink: str
+    thickness: float = 1.5
+    is_dashed: bool = False
+    kind: str = "trail"
+
+
 class Choice(NamedTuple):
     """A list to choose one value from: (value, words)."""
 
@@ -90,6 +100,16 @@ class Slider(NamedTuple):
     kind: str = "slider"
 
 
+class Press(NamedTuple):
+    """A button; `value` is what a click sends, `is_down` says that it holds now."""
+
+    name: str
+    label: str
+    is_down: bool = False
+    value: str = "press"
+    kind: str = "press"
+
+
 class Key(NamedTuple):
     """A line of the legend."""
 
@@ -98,11 +118,18 @@ class Key(NamedTuple):
     words: str
 
 
-Mark = Box | Line | Words | Dot
-Control = Choice | Slider
+Mark = Box | Line | Words | Dot | Trail
+Control = Choice | Slider | Press
 
 
-class SketchPicture(Picture):
+class Pace(TypedDict, total=False):
+    """How a replay plays: what a step is called, and the milliseconds between two; a step and 400 unless told."""
+
+    step_word: str
+    tick_ms: int
+
+
+class SketchPicture(Picture, Pace):
     """Everything the browser draws, and nothing it has to work out."""
 
     view: str  # names the view in the page: "roofline"
@@ -122,14 +149,22 @@ def accepted(controls: Sequence[Control], name: str, value: object) -> Value:
     control = next((control for control in controls if control.name == name), None)
     if control is None:
         raise MiniVLLMError(f"there is no control {short(name)}; there are: {', '.join(c.name for c in controls)}")
-    values: Sequence[Value] = (
-        control.values if isinstance(control, Slider) else [option for option, _ in control.options]
-    )
+    values = _values_of(control)
     for known in values:
         if known == value and isinstance(value, bool) is False:
             return known
     listed = ", ".join(map(str, values[:8])) + (f" … {values[-1]}" if len(values) > 8 else "")
     raise MiniVLLMError(f"{name} must be one of {listed}, not {short(value)}")
+
+
+def _values_of(control: Control) -> Sequence[Value]:
+    match control:
+        case Slider():
+            return control.values
+        case Choice():
+            return [option for option, _ in control.options]
+        case Press():
+            return [control.value]
 
 
 def with_control(chosen: Chosen, controls: Sequence[Control], name: str, value: object) -> Chosen:

@@ -1,9 +1,11 @@
 """A sketch as pixels, for GitHub, untrusted notebooks and mail: the same marks, no script."""
 
+from itertools import pairwise
+
 from PIL import Image
 
 from minivllm.views.png import Canvas, text_width, wrapped
-from minivllm.views.sketch import Box, Dot, Key, Line, Mark, SketchPicture, Words
+from minivllm.views.sketch import Box, Dot, Key, Line, Mark, SketchPicture, Trail, Words
 from minivllm.views.theme import FAINT, NEUTRAL, SELECTED
 
 ROLES = {"ink": NEUTRAL, "soft": NEUTRAL, "line": FAINT, "pick": SELECTED}  # "page" stays transparent
@@ -37,6 +39,11 @@ def _draw(canvas: Canvas, mark: Mark, left: float, top: float) -> None:
             _draw_box(canvas, mark._replace(x=mark.x + left, y=mark.y + top))
         case Line(x, y, to_x, to_y, ink, thickness, is_dashed):
             _draw_line(canvas, (x + left, y + top), (to_x + left, to_y + top), _colour(ink), thickness, is_dashed)
+        case Trail(points, ink, thickness, is_dashed):
+            places = [(x + left, y + top) for x, y in points]
+            for i, (start, end) in enumerate(pairwise(places)):
+                if not is_dashed or i % 3 < 2:
+                    canvas.line(*start, *end, _colour(ink), thickness)
         case Words(x, y, text, size, ink, anchor):
             shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * text_width(text, size)
             canvas.text(x + left - shift, y + top, text, size, _colour(ink))

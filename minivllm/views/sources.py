@@ -63,7 +63,7 @@ class LiveSource(Generic[State]):
         self._lock = threading.Lock()
         self._state = self._fold.state()
         self._failure: MiniVLLMError | None = None
-        self.stop = bus.listen(self._take)
+        self.stop = bus.listen(self._take, wants_hash=False)
 
     def state(self) -> State:
         """Fold what arrived since the last call. Raises MiniVLLMError, from then on, if the events contradict."""

@@ -73,6 +73,7 @@ function stepper(model) {
   let shown = [0, 0]; // first and last step
   let asked = null;
   let timer = 0;
+  let tickMs = 400;
   const ask = (step) => {
     asked = Math.max(shown[0], Math.min(shown[1], step));
     slider.value = String(asked);
@@ -97,7 +98,7 @@ function stepper(model) {
   const play = button("▶ play", "play", () => {
     if (timer) return stop();
     if (current() >= shown[1]) ask(shown[0]);
-    timer = setInterval(tick, 400);
+    timer = setInterval(tick, tickMs);
     put(play, { "aria-label": "pause", title: "pause" }, "⏸ pause");
   });
   const value = element("output", { class: "mv-value" });
@@ -115,7 +116,8 @@ function stepper(model) {
       if (asked === at || picture.status) asked = null;
       put(slider, { min: first, max: last, step: 1 });
       if (asked === null) slider.value = String(at);
-      value.textContent = `step ${at} of ${last}`;
+      tickMs = picture.tick_ms || 400;
+      value.textContent = `${picture.step_word || "step"} ${at} of ${last}`;
     },
   };
 }

@@ -39,6 +39,11 @@ function lineNode([x, y, toX, toY, ink, thickness, dashed]) {
   return shape("line", { x1: x, y1: y, x2: toX, y2: toY, style, "stroke-dasharray": dashed ? "6 4" : null });
 }
 
+function trailNode([points, ink, thickness, dashed]) {
+  const style = `fill:none;stroke:${colourOf(ink)};stroke-width:${thickness};stroke-linejoin:round`;
+  return shape("polyline", { points: points.join(" "), style, "stroke-dasharray": dashed ? "5 3" : null });
+}
+
 function wordsNode([x, y, text, size, ink, anchor]) {
   return shape("text", { x, y: y + size * 0.92, style: `font-size:${size}px;fill:${colourOf(ink)};text-anchor:${anchor}` }, text);
 }
@@ -46,10 +51,11 @@ function wordsNode([x, y, text, size, ink, anchor]) {
 // A group for each mark, its hover words and its click included.
 function drawMark(model, prefix, group, mark) {
   const kind = mark[mark.length - 1];
-  const nodes = { box: boxNodes, line: () => [], words: () => [], dot: () => [] }[kind](prefix, mark);
+  const nodes = kind === "box" ? boxNodes(prefix, mark) : [];
   if (kind === "line") nodes.push(lineNode(mark));
   if (kind === "words") nodes.push(wordsNode(mark));
   if (kind === "dot") nodes.push(dotNode(mark));
+  if (kind === "trail") nodes.push(trailNode(mark));
   const hover = kind === "box" ? mark[7] : kind === "dot" ? mark[5] : "";
   if (hover) nodes.push(shape("title", {}, hover));
   const click = kind === "box" ? mark[8] : null;
@@ -90,6 +96,11 @@ function choiceControl(model, [name, label]) {
   return { root: labelled(label, node), draw: ([, , options, value]) => fillDropdown(node, options, value) };
 }
 
+function pressControl(model, [name, label, , value]) {
+  const node = button(label, label, () => send(model, name, value));
+  return { root: node, draw: ([, , isDown]) => put(node, { "aria-pressed": isDown ? "true" : "false", "data-control": name }) };
+}
+
 // What the reader asked for last wins over older pictures still on their way.
 function sliderControl(model, [name, label]) {
   let values = [];
@@ -121,7 +132,8 @@ function controlRow(model) {
     draw(picture) {
       const newKey = JSON.stringify(picture.controls.map((control) => control[0]));
       if (newKey !== key) {
-        drawers = picture.controls.map((c) => (c[c.length - 1] === "slider" ? sliderControl : choiceControl)(model, c));
+        const makers = { slider: sliderControl, choice: choiceControl, press: pressControl };
+        drawers = picture.controls.map((c) => makers[c[c.length - 1]](model, c));
         put(root, {}, drawers.map((drawer) => drawer.root));
         key = newKey;
       }
