@@ -280,16 +280,9 @@ class Engine:
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),
                 num_free=self.kv.pool.num_free,
-<<<<<<< HEAD
                 schedule_ms=(step.planned_s - step.started_s) * 1e3,
                 run_ms=(self._last_end_s - begun_s) * 1e3,
                 update_ms=(updated_s - self._last_end_s) * 1e3,
-                state_hash=self.state_hash(),
-=======
-                schedule_ms=(planned_s - started_s) * 1e3,
-                run_ms=(ran_s - planned_s) * 1e3,
-                update_ms=(updated_s - ran_s) * 1e3,
                 state_hash=self.state_hash() if self.events.hash_readers else "",
->>>>>>> b23dd84 (The engine room: an LLM driven under a load that sliders change, frames ten a second, and the dashboard over them)
             )
         )

@@ -5,8 +5,7 @@ which is read between two steps. The thread comes when there is something to do 
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import count
 from math import inf
@@ -118,10 +117,11 @@ class EngineRoom:
             for wish in wanted.items():
                 self.wished = self.wished.changed(*wish)
                 self._obey(wish)
-            for _ in range(num_steps):
-                self._one_step()
-            self._fold.catch_up()
-            self._tidy()
+            try:
+                for _ in range(num_steps):
+                    self._one_step()
+            finally:
+                self._halt()
         return self.frames[num_frames:]
 
     def reset(self) -> None:
@@ -154,11 +154,11 @@ class EngineRoom:
                         self._obey(self._wishes.get())
                     if self.is_playing:
                         self._advance()
+                    else:
+                        self._halt()
             except Exception as error:  # nobody sees a thread's traceback: the views show it
                 self._fail(error)
             if not self.is_playing:
-                self._clock.halt()
-                self._fold.catch_up()
                 self._tell()
 
     def _obey(self, wish: Wish) -> None:
@@ -192,14 +192,21 @@ class EngineRoom:
 
     def _one_step(self) -> None:
         """A step of the engine, even if somebody has to come first."""
-        with self._running_clock():
+        self._let_in()
+        if not self.llm.engine.has_work:
+            if self._guests.next_s == inf:
+                raise ConfigError("nobody is there and nobody comes: raise the rate")
+            self._clock.skip_to(self._guests.next_s)
             self._let_in()
-            if not self.llm.engine.has_work:
-                if self._guests.next_s == inf:
-                    raise ConfigError("nobody is there and nobody comes: raise the rate")
-                self._clock.skip_to(self._guests.next_s)
-                self._let_in()
-            self._step()
+        self._clock.run()
+        self._step()
+
+    def _halt(self) -> None:
+        """Nothing goes on: no step is under way, no time passes, and all that happened is in a frame."""
+        self.llm.text_engine.catch_up()
+        self._clock.halt()
+        self._fold.catch_up()
+        self._tidy()
 
     def _step(self) -> None:
         num_frames, num_steps = len(self._fold.frames), self._fold.num_steps
@@ -240,6 +247,7 @@ class EngineRoom:
         self._guests.change(load, self._clock())
 
     def _empty(self) -> None:
+        self.llm.text_engine.catch_up()
         for generation in self._generations:
             self.llm.text_engine.abort(generation)
         pool = self.llm.engine.kv.pool
@@ -263,6 +271,7 @@ class EngineRoom:
 
     def _fail(self, error: Exception) -> None:
         self.is_playing = False
+        self._clock.halt()
         self.failure = str(error) if isinstance(error, MiniVLLMError) else f"{type(error).__name__}: {error}"
 
     def _possible(self, load: Load) -> Load:
@@ -278,12 +287,3 @@ class EngineRoom:
         if isinstance(value, bool) or value not in values[name]:
             raise MiniVLLMError(f"{name} must be one of {', '.join(map(str, values[name]))}, not {short(value)}")
         return next(known for known in values[name] if known == value)
-
-    @contextmanager
-    def _running_clock(self) -> Iterator[None]:
-        self._clock.run()
-        try:
-            yield
-        finally:
-            if not self.is_playing:
-                self._clock.halt()
