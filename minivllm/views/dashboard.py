@@ -18,7 +18,9 @@ class Room(Protocol):
     failure: str
     said: str
     wished: Load
-    choices: Mapping[str, Sequence[float]]
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[float]]: ...
 
     @property
     def header(self) -> Mapping[str, object]: ...
