@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
     if min(args.requests, args.prompt_tokens, args.output_tokens, args.repeats) < 1:
         raise ConfigError("--requests, --prompt-tokens, --output-tokens and --repeats must be at least 1")
     longest = args.prompt_tokens + args.output_tokens
-    num_blocks = 1 + args.requests * -(-longest // 16) * 11 // 10
+    num_blocks = 2 + args.requests * -(-longest // 16) * 11 // 10
     llm = LLM(
         args.model, load_format=args.load_format, seed=args.seed, show_progress=False, max_num_seqs=args.requests,
-        num_blocks=num_blocks, max_model_len=max(256, longest),
+        num_blocks=num_blocks, max_model_len=longest,
     )  # fmt: skip
     figures = measure(llm, args.requests, args.prompt_tokens, args.output_tokens, args.repeats, args.seed)
     for name, value in figures.items():

@@ -163,7 +163,8 @@ class EngineRoom:
 
     def _obey(self, wish: Wish) -> None:
         name, value = wish
-        self.failure = ""
+        if name in ("start", "one step"):
+            self.failure = ""
         match name:
             case "start":
                 self.is_playing = True
