@@ -14,7 +14,7 @@ from minivllm.course.exercises.claims import CLAIMS, Claim
 from minivllm.course.exercises.exercise import Facts, Part, Problem, draw
 
 SEED = "by hand"
-NOTEBOOKS = ("00", "01", "02", "03", "05")
+NOTEBOOKS = ("00", "01", "02", "03", "05", "09")
 
 
 class Asked(NamedTuple):
@@ -195,6 +195,27 @@ BY_HAND: dict[str, tuple[tuple[str, ...], tuple[Asked, ...]]] = {
     )),
     "05.6": (("5  A frees block 3", "6  A frees block 3"), (
         Asked(6, "", {f"line {i} is right": i for i in (1, 2, 3, 4, 5, 7, 8)}),
+    )),
+    "09.1": (("[28, 3, 11, 10, 27, 5]", "2"), (
+        Asked(66, "steps", {  # 28 + 11 + 27
+            "one after the other": 84, "longest of all": 28, "refilled seats": 51, "shortest of each batch": 18,
+            "evenly spread": 42,
+        }),
+        Asked(51, "steps", {  # one seat: 28, then 5; the other: 3, 11, 10, 27, which end at 3, 14, 24, 51
+            "one after the other": 84, "batch by batch": 66, "longest of all": 28, "evenly spread": 42,
+            "one seat more": 38,  # 28 | 3, 10, 5 | 11, 27
+        }),
+    )),
+    "09.2": (("2.5", "50", "15"), (
+        Asked(1.875, "requests", {  # 2.5 × 50 × 0.015 s
+            "milliseconds for seconds": 1875, "divided instead of multiplied": 10 / 3, "outputs forgotten": 0.0375,
+            "rate forgotten": 0.75, "steps for seconds": 125, "half of it": 0.9375,
+        }),
+    )),
+    "09.3": (("96", "32", "805", "253"), (
+        Asked(32, "requests", {  # 253 tokens take 16 blocks, 805 blocks hold 50 such requests
+            "seats alone": 96, "pool alone": 50, "blocks for requests": 805, "tokens for blocks": 3, "added up": 178,
+        }),
     )),
 }  # fmt: skip
 

@@ -256,8 +256,20 @@ def test_a_recording_says_so_and_where_it_is_from() -> None:
     assert [type(control) for control in picture["controls"]] == [Choice]
     with pytest.raises(MiniVLLMError, match="there is no control 'rate'"):
         view.move("rate", 1)
-    with pytest.raises(MiniVLLMError, match="draws an EngineRun"):
-        Dashboard.replay([])  # type: ignore[arg-type]
+    for wrong in ([], {}, {"a": 3}):
+        with pytest.raises(MiniVLLMError, match="draws an EngineRun"):
+            Dashboard.replay(wrong)  # type: ignore[arg-type]
+
+
+def test_several_runs_are_chosen_by_their_titles() -> None:
+    view = Dashboard.replay({"short": a_run(31), "long": a_run(101)})
+    assert "second 3.0" in view.drawn()["title"]
+    view.move("step", 7)
+    view.move("run", "long")
+    assert "second 10.0" in view.drawn()["title"] and view.drawn()["steps"] == (0, 100, 100)
+    assert "run long" in view.drawn()["text"]
+    with pytest.raises(MiniVLLMError, match="run must be one of short, long, not 'middle'"):
+        view.move("run", "middle")
 
 
 def test_a_new_frame_reaches_the_page_by_the_publisher() -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 from minivllm.course.engine_frames import EngineRun, Frame, Load
 from minivllm.errors import MiniVLLMError
 from minivllm.views.dashboard_picture import Chosen, DashboardPicture, buttons, draw, sliders
-from minivllm.views.sketch import Control, accepted, seek, with_control
+from minivllm.views.sketch import Choice, Control, accepted, seek, with_control
 from minivllm.views.sketch_view import SketchView
 
 
@@ -33,41 +33,46 @@ class Room(Protocol):
 
 
 class Dashboard(SketchView):
-    """`Dashboard.follow(room)` or `Dashboard.replay(run)`; controls: seconds; live buttons and sliders; else step."""
+    """`Dashboard.follow(room)`: buttons, sliders, seconds; or `Dashboard.replay(run)`: step, run, seconds."""
 
-    def __init__(self, room: Room | None, run: EngineRun | None) -> None:
-        self._room, self._run = room, run
-        self._chosen = Chosen()
-        self._header = room.header if room is not None else run.header if run is not None else {}
+    def __init__(self, room: Room | None, runs: Mapping[str, EngineRun]) -> None:
+        self._room, self._runs = room, runs
+        self._chosen = Chosen(run=next(iter(runs), ""))
+        self._live_header = room.header if room is not None else {}
         super().__init__()
         self._stop_following = room.follow(self.refresh) if room is not None else lambda: None
 
     @staticmethod
     def follow(room: Room) -> "Dashboard":
         """Watch and drive an engine."""
-        return Dashboard(room, None)
+        return Dashboard(room, {})
 
     @staticmethod
-    def replay(run: EngineRun) -> "Dashboard":
-        """Look at a saved run again, frame by frame."""
-        if not isinstance(run, EngineRun):
-            raise MiniVLLMError(f"Dashboard.replay draws an EngineRun (EngineRun.load(path)), not {type(run).__name__}")
-        return Dashboard(None, run)
+    def replay(runs: EngineRun | Mapping[str, EngineRun]) -> "Dashboard":
+        """Look at a saved run again, frame by frame, or at several by their titles."""
+        named = {str(runs.header.get("title", "")): runs} if isinstance(runs, EngineRun) else runs
+        if not isinstance(named, Mapping) or not named or not all(isinstance(r, EngineRun) for r in named.values()):
+            raise MiniVLLMError(
+                f"Dashboard.replay draws an EngineRun (EngineRun.load(path)), not {type(runs).__name__}"
+            )
+        return Dashboard(None, named)
 
     def drawn(self) -> DashboardPicture:
-        if self._room is None:
-            return draw(self._run.frames if self._run else (), self._header, self._chosen)
-        return draw(
-            self._room.frames, self._header, self._chosen, self._controls(), self._room.failure, self._room.said
-        )
+        room, controls = self._room, self._controls()
+        if room is None:
+            run = self._runs[self._chosen.run]
+            return draw(run.frames, run.header, self._chosen, controls)
+        return draw(room.frames, self._live_header, self._chosen, controls, room.failure, room.said)
 
     def stop(self) -> None:
         self._stop_following()
         super().stop()
 
     def _controls(self) -> list[Control]:
-        room = self._room
-        return [*buttons(room.is_playing), *sliders(room.choices, room.wished)] if room is not None else []
+        if self._room is not None:
+            return [*buttons(self._room.is_playing), *sliders(self._room.choices, self._room.wished)]
+        titles = [(title, title) for title in self._runs]
+        return [Choice("run", "run", titles, self._chosen.run)] if len(titles) > 1 else []
 
     def _moved(self, control: str, value: object) -> None:
         own = self._controls()
@@ -77,4 +82,5 @@ class Dashboard(SketchView):
             frame = seek(self.drawn()["steps"], value)
             self._chosen = replace(self._chosen, frame=frame)
         else:
-            self._chosen = with_control(self._chosen, self.drawn()["controls"], control, value)
+            chosen = with_control(self._chosen, self.drawn()["controls"], control, value)
+            self._chosen = replace(chosen, frame=None) if control == "run" else chosen

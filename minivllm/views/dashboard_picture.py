@@ -41,6 +41,7 @@ REASONS = {
 class Chosen:
     """What the reader chose to see."""
 
+    run: str = ""  # of several saved ones
     seconds: str = "30"  # of the past
     frame: int | None = None  # of a replay; None: the last
 
@@ -53,7 +54,7 @@ def draw(
     frames: Sequence[Frame], header: Mapping[str, object], chosen: Chosen, room: Sequence[Control] = (),
     status: str = "", said: str = "",
 ) -> DashboardPicture:  # fmt: skip
-    """A picture of the newest frame, or of the chosen one of a replay; `room` are the controls of a live engine."""
+    """A picture of the newest frame, or of the chosen one of a replay; `room` are the controls of its source."""
     is_live = header.get("live") == "live"
     controls = [*room, Choice("seconds", "shows", [(s, f"{s} s") for s in ("10", "30", "120")], chosen.seconds)]
     index = len(frames) - 1 if chosen.frame is None else chosen.frame
@@ -165,5 +166,6 @@ def _text(
     moved = [f"{c.label} {c.shown}" for c in controls if isinstance(c, Slider)]
     if moved:
         lines.append("sliders: " + ", ".join(moved))
+    lines += [f"{c.label} {c.value}" for c in controls if isinstance(c, Choice)]
     lines += [f"step {step}: {who} {what}, because: {reason}" for step, who, what, reason in decided]
     return "\n".join(lines)
