@@ -256,9 +256,10 @@ def test_a_recording_says_so_and_where_it_is_from() -> None:
     assert [type(control) for control in picture["controls"]] == [Choice]
     with pytest.raises(MiniVLLMError, match="there is no control 'rate'"):
         view.move("rate", 1)
-    for wrong in ([], {}, {"a": 3}):
+    wrong: tuple[object, ...] = ([], {}, {"a": 3})
+    for runs in wrong:
         with pytest.raises(MiniVLLMError, match="draws an EngineRun"):
-            Dashboard.replay(wrong)  # type: ignore[arg-type]
+            Dashboard.replay(runs)  # type: ignore[arg-type]
 
 
 def test_several_runs_are_chosen_by_their_titles() -> None:

@@ -64,7 +64,7 @@ SCRIPTS = (
         "room_smollm2_cpu", "SmolLM2-135M on real text, CPU", "smollm2-135m",
         Load(rate=1, prompt_tokens=32, output_tokens=16),
         ((0.2, "shared_tokens", 64), (0.4, "rate", 4), (0.55, "batch_limit", 2), (0.75, "batch_limit", 256),
-         (0.85, "rate", 0.5)),
+         (0.85, "rate", 2)),
         num_blocks=256, max_model_len=512,
     ),
 )  # fmt: skip
