@@ -1,5 +1,8 @@
 """Recorded runs: small files that say where they come from, replayed by the live view, and made again by one script."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +34,7 @@ def test_a_file_is_small_and_says_where_it_comes_from(title: str) -> None:
     assert (header["live"], header["title"], header["model"]) == ("recorded", title, script.model)
     assert ("H200" in str(header["machine"])) == title.endswith("H200")
     assert (header["device"] == "cuda") == title.endswith("H200")
-    assert "engine_room_recordings" in str(header["command"]) and header["commit"] != "unknown"
+    assert "engine_room_recordings" in str(header["command"]) and re.fullmatch("[0-9a-f]{12}", str(header["commit"]))
 
 
 @each
@@ -77,9 +80,8 @@ def test_the_script_makes_it_again_on_any_machine(tmp_path: Path, monkeypatch: p
     assert recorded.main(args) == 0
     run = EngineRun.load(tmp_path / "room_qwen3_8b_h200.json")
     moves = next(script.moves for script in SCRIPTS if script.name == "room_qwen3_8b_h200")
-    told = [d.reason for frame in run.frames for d in frame.decisions if d.what == "slider"]
     assert run.frames[-1].load.rate == moves[-1][2] * 0.5 and run.frames[-1].output_tokens > 0
-    assert "rate 2" in told and run.header["title"] == "shape of Qwen3-8B, random weights, H200"
+    assert run.header["title"] == "shape of Qwen3-8B, random weights, H200"
     assert run.frames[-1].time_s == pytest.approx(1.5, abs=1.0)
 
 
@@ -108,3 +110,11 @@ def test_what_watching_costs_is_measured_on_both_sides(tmp_path: Path, capsys: p
     assert "slower by, %" in printed and '"commit"' in path.read_text()
     with pytest.raises(ConfigError, match="must be at least 1"):
         dashboard_cost.main(["--requests", "0"])
+
+
+def test_scripts_run_where_no_widgets_are_installed() -> None:
+    probe = (
+        "import sys; sys.modules |= dict.fromkeys(('anywidget', 'ipywidgets', 'traitlets', 'PIL', 'plotly'));"
+        "import minivllm.bench.dashboard_cost, minivllm.lab.engine_room_recordings"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stderr == ""

@@ -1,7 +1,7 @@
 """What watching costs: the same requests with nobody there, and under the engine room with its dashboard.
 
-Both are played in turn in one process; the best repetition of each side counts. What the page is sent is written out
-as JSON each time, as a kernel does; no browser takes part.
+Both are played in turn in one process; the best repetition of each side counts. The picture is drawn, compared with the
+last one and written out as JSON by the views' own publisher, as a kernel does; no browser takes part, and no widget.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from minivllm.provenance import provenance
 from minivllm.request import SamplingParams
 from minivllm.text_engine import Checked, Generation
 from minivllm.text_files import write_text
-from minivllm.views.dashboard import Dashboard
+from minivllm.views.dashboard_picture import Chosen, buttons, draw, sliders
+from minivllm.views.publisher import Publisher
 
 VOCAB = range(10_000)
 
@@ -89,8 +90,17 @@ def _alone(llm: LLM, prompts: Sequence[list[int]], num_output: int) -> float:
 def _watched(llm: LLM, prompts: Sequence[list[int]], num_output: int) -> tuple[float, int]:
     """The room plays, nobody else comes; its picture is drawn and written ten times a second."""
     room = EngineRoom(llm, Load(rate=0, batch_limit=llm.config.max_num_seqs))
-    view, sent = Dashboard.follow(room), list[int]()
-    view.follow_with(lambda: sent.append(len(json.dumps(view.picture))))
+    header, sent = room.header, list[dict[str, object]]([{}])
+
+    def publish() -> None:
+        controls = [*buttons(room.is_playing), *sliders(room.choices, room.wished)]
+        picture = dict(draw(room.frames, header, Chosen(), controls, room.failure, room.said))
+        if picture != sent[-1]:
+            json.dumps(picture)
+            sent.append(picture)
+
+    publisher = Publisher(publish)
+    room.follow(publisher.request)
     room.ask("start")
     try:
         generations = _add(llm, prompts, num_output)
@@ -98,11 +108,11 @@ def _watched(llm: LLM, prompts: Sequence[list[int]], num_output: int) -> tuple[f
             time.sleep(0.05)
     finally:
         room.stop()
-        view.close()
+        publisher.stop()
         room.close()
     if room.failure:
         raise ConfigError(room.failure)
-    return _seconds(generations), len(sent)
+    return _seconds(generations), len(sent) - 1
 
 
 def _add(llm: LLM, prompts: Sequence[list[int]], num_output: int) -> list[Generation]:

@@ -13,10 +13,11 @@ from minivllm.events import Event, EventBus
 from minivllm.trace import Trace
 from minivllm.views.block_map_picture import BlockMapPicture, draw, provenance
 from minivllm.views.block_map_png import block_map_image
+from minivllm.views.picture import whole_number
 from minivllm.views.pool_fold import PoolFold
 from minivllm.views.pool_state import PoolState
 from minivllm.views.sources import LiveSource, Source, TraceSource
-from minivllm.views.widget import View, script, whole_number
+from minivllm.views.widget import View, script
 
 __all__ = ["BlockMap", "draw"]
 

@@ -25,9 +25,10 @@ from minivllm.views.block_table_picture import (
 from minivllm.views.block_table_png import block_table_image
 from minivllm.views.group_words import group_words
 from minivllm.views.os_words import OPERATING_SYSTEM, WORDS, as_paging, limits
+from minivllm.views.picture import whole_number
 from minivllm.views.pool_fold import header_count
 from minivllm.views.pool_state import PoolState
-from minivllm.views.widget import View, in_words, script, whole_number
+from minivllm.views.widget import View, in_words, script
 
 __all__ = ["BlockTable", "SlotBytes", "Translation", "draw", "translate"]
 

@@ -1,6 +1,8 @@
-"""What every picture has, whatever it shows."""
+"""What every picture has, whatever it shows, and every control with numbers."""
 
 from typing import TypedDict
+
+from minivllm.errors import MiniVLLMError
 
 
 class Picture(TypedDict):
@@ -10,3 +12,10 @@ class Picture(TypedDict):
     aria: str
     text: str
     status: str
+
+
+def whole_number(control: str, value: object, least: int, most: int) -> int:
+    """A control's value as a whole number within its range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise MiniVLLMError(f"{control} must be a whole number from {least} to {most}, not {value!r}")
+    return value

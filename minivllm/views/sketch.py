@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import NamedTuple, TypedDict, TypeVar
 
 from minivllm.errors import MiniVLLMError, short
-from minivllm.views.picture import Picture
+from minivllm.views.picture import Picture, whole_number
 from minivllm.views.theme import ink_on
-from minivllm.views.widget import whole_number
 
 WIDTH_PX = 720
 Value = int | float | str

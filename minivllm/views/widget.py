@@ -160,10 +160,3 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.quantize(96, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def whole_number(control: str, value: object, least: int, most: int) -> int:
-    """A control's value as a whole number within its range."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise MiniVLLMError(f"{control} must be a whole number from {least} to {most}, not {value!r}")
-    return value
