@@ -328,3 +328,31 @@ def test_the_clock_counts_steps_or_driven_seconds() -> None:
     assert wall() == passed_s >= 0.02
     wall.skip_to(9.0)
     assert wall() == pytest.approx(9.0)
+
+
+def test_an_emptied_room_keeps_what_it_shows_and_goes_on(room: EngineRoom) -> None:
+    room.run(30, rate=32)
+    num_frames, pool = len(room.frames), room.llm.engine.kv.pool
+    room.empty()
+    assert not room.llm.engine.has_work and pool.num_free == pool.num_usable
+    assert len(room.frames) >= num_frames and room.frames[-1].num_live == 0 and room.load.rate == 32
+    assert room.run(5)[-1].output_tokens > room.frames[num_frames - 1].output_tokens
+
+
+def test_a_closed_room_says_so(llm: LLM) -> None:
+    room = EngineRoom(llm, LOAD, step_s=0.05)
+    room.run(5)
+    room.close()
+    with pytest.raises(MiniVLLMError, match=r"this engine room is closed: make another EngineRoom\(llm\)"):
+        room.ask("start")
+    assert room.frames and llm.config == llm.engine.built_config and not llm.events
+    EngineRoom(llm, LOAD, step_s=0.05).close()
+
+
+def test_counted_seconds_become_those_of_the_machine(room: EngineRoom) -> None:
+    counted_s = room.run(20)[-1].time_s
+    room.count_steps(None)
+    frames = room.run(5)
+    assert 0 < frames[-1].time_s - counted_s < 5 * 0.05 + 2.0
+    room.count_steps(100.0)
+    assert room.run(1, rate=8)[-1].time_s - frames[-1].time_s >= 100

@@ -6,7 +6,6 @@ which is read between two steps. The thread comes when there is something to do 
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -16,7 +15,7 @@ from minivllm.course.engine_frames import EngineRun, Frame, Load
 from minivllm.course.frame_fold import FrameFold
 from minivllm.errors import ConfigError, MiniVLLMError, short
 from minivllm.lab.room_clock import RoomClock
-from minivllm.lab.room_load import Guest, Guests, choices_of, nearest, text_of
+from minivllm.lab.room_load import Guest, Guests, choices_of, possible, text_of
 from minivllm.llm import LLM
 from minivllm.request import SamplingParams
 from minivllm.text_engine import Checked, Generation
@@ -44,8 +43,10 @@ class EngineRoom:
         self.llm, self._seed, self._step_s = llm, seed, step_s
         self.choices = choices_of(llm.engine.built_config)
         self._text, self.prompts = text_of(llm, seed)
-        self.wished = self._possible(load or Load())  # as it will be when the engine has read all that was asked
-        self.is_playing = False
+        self.wished = possible(
+            load or Load(), self.choices
+        )  # as it will be when the engine has read all that was asked
+        self.is_playing = self._is_closed = False
         self.failure = ""
         self.said = ""
         self._followers: list[Callable[[], None]] = []
@@ -80,6 +81,8 @@ class EngineRoom:
 
     def ask(self, wish: str, value: object = None) -> None:
         """Leave a wish: a button, or a setting and its value. Raises MiniVLLMError for what there is not."""
+        if self._is_closed:
+            raise MiniVLLMError("this engine room is closed: make another EngineRoom(llm)")
         if wish in BUTTONS:
             wanted = 0.0
         else:
@@ -133,10 +136,23 @@ class EngineRoom:
         """The run so far, to be saved or replayed."""
         return EngineRun(self.header | {"live": "recorded"}, tuple(self.frames))
 
-    def close(self) -> None:
-        """Reset, stop listening and give the engine back as it was."""
+    def count_steps(self, step_s: float | None) -> None:
+        """From now on a step counts so many seconds; None: what passes on the clock of the machine."""
+        with self._turn:
+            self._clock.halt()
+            self._step_s = self._clock.step_s = step_s
+
+    def empty(self) -> None:
+        """Pause, drop all requests and cached prefixes; frames and sliders stay. Every block must be free then."""
         self.stop()
-        self.reset()
+        with self._turn:
+            self._empty()
+            self._halt()
+
+    def close(self) -> None:
+        """Empty the engine, stop listening and give it back as it was; nothing can be asked any more."""
+        self.empty()
+        self._is_closed = True
         self._stop_listening()
         built = self.llm.engine.built_config
         self.llm.engine.limit(built.max_num_seqs, built.max_num_batched_tokens)
@@ -274,12 +290,6 @@ class EngineRoom:
         self.is_playing = False
         self._clock.halt()
         self.failure = str(error) if isinstance(error, MiniVLLMError) else f"{type(error).__name__}: {error}"
-
-    def _possible(self, load: Load) -> Load:
-        """The nearest of what the sliders have."""
-        for name, value in asdict(load).items():
-            load = load.changed(name, nearest(self.choices[name], value))
-        return load
 
     def _checked(self, name: str, value: object) -> float:
         values = self.choices

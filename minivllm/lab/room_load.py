@@ -1,7 +1,7 @@
 """Who comes to the engine room, when and with what: an open loop whose settings may change while it runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import inf
 from random import Random
 
@@ -89,6 +89,13 @@ def choices_of(config: EngineConfig) -> dict[str, tuple[float, ...]]:
         "token_budget": tuple(budgets),
         "batch_limit": _doubling(1, config.max_num_seqs),
     }
+
+
+def possible(load: Load, choices: Mapping[str, Sequence[float]]) -> Load:
+    """The nearest that the sliders have."""
+    for name, value in asdict(load).items():
+        load = load.changed(name, nearest(choices[name], value))
+    return load
 
 
 def nearest(values: Sequence[float], wanted: float) -> float:

@@ -81,7 +81,7 @@ def draw(
 def buttons(is_playing: bool) -> list[Control]:
     """Start, pause, one step, reset, save."""
     return [
-        Press("start", "▶ start", is_playing), Press("pause", "⏸ pause", not is_playing),
+        Press("start", "start", is_playing), Press("pause", "pause", not is_playing),
         Press("one step", "one step"), Press("reset", "reset"), Press("save", "save"),
     ]  # fmt: skip
 
