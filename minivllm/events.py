@@ -4,6 +4,7 @@ Events hold ids and counts, never live objects: whoever draws them cannot distur
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 
@@ -275,8 +276,7 @@ class EventBus:
     """Hands each event to whoever listens; with nobody there `emit` is one test of an empty list."""
 
     def __init__(self) -> None:
-        self._listeners: list[Listener] = []
-        self._last: list[Listener] = []
+        self._listeners, self._last = list[Listener](), list[Listener]()
         self.hash_readers: list[Listener] = []  # of StepRan.state_hash, a look at the whole pool; none: it is ""
 
     def __bool__(self) -> bool:
@@ -287,16 +287,11 @@ class EventBus:
 
         `is_last` puts it behind all others, also those to come: what it emits itself, they hear after what it heard.
         """
-        lists = [self._last if is_last else self._listeners, *([self.hash_readers] if wants_hash else [])]
-        for listeners in lists:
+        on_stop = ExitStack()
+        for listeners in (self._last if is_last else self._listeners, *([self.hash_readers] if wants_hash else [])):
             listeners.append(listener)
-
-        def stop() -> None:
-            for listeners in lists:
-                if listener in listeners:
-                    listeners.remove(listener)
-
-        return stop
+            on_stop.callback(listeners.remove, listener)
+        return on_stop.close
 
     def emit(self, event: Event) -> None:
         for listener in self._listeners:

@@ -50,6 +50,7 @@ def test_a_recorded_run_holds_together(title: str) -> None:
         assert frame.num_preempted <= frame.num_waiting
         assert frame.num_running <= max(frame.load.batch_limit, before.num_running)
     last = frames[-1]
+    assert last.costed_steps == last.steps and 0 < last.floor_ms < last.costed_ms  # a ledger was kept
     assert last.output_tokens > 100 and last.finished > 10 and last.hit_tokens > 0
     assert 5 <= len(frames) / last.time_s <= 10.1
     loads = [frame.load for before, frame in pairwise(frames) if before.load != frame.load]
@@ -104,7 +105,7 @@ def test_a_run_that_fails_is_not_saved(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_watching_costs_is_measured_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cost.json"
-    sizes = ["--requests", "2", "--prompt-tokens", "8", "--output-tokens", "20", "--repeats", "1"]
+    sizes = ["--requests", "2", "--prompt-tokens", "8", "--output-tokens", "20", "--repeats", "1", "--ledger"]
     assert dashboard_cost.main([*sizes, "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "slower by, %" in printed and '"commit"' in path.read_text()

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from minivllm.course.engine_frames import Load
 from minivllm.errors import ConfigError
 from minivllm.lab.engine_room import EngineRoom
+from minivllm.lab.ledger import keep_ledger
 from minivllm.llm import LLM
 from minivllm.provenance import provenance
 from minivllm.request import SamplingParams
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--ledger", action="store_true", help="who watches keeps the ledger of steps too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the figures and their provenance to this JSON file")
@@ -47,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         args.model, load_format=args.load_format, seed=args.seed, show_progress=False, max_num_seqs=args.requests,
         num_blocks=num_blocks, max_model_len=longest,
     )  # fmt: skip
-    figures = measure(llm, args.requests, args.prompt_tokens, args.output_tokens, args.repeats, args.seed)
+    lengths = args.prompt_tokens, args.output_tokens
+    figures = measure(llm, args.requests, *lengths, args.repeats, args.seed, has_ledger=args.ledger)
     for name, value in figures.items():
         print(f"{name}: {value}")
     if args.output:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(
-    llm: LLM, num_requests: int, num_prompt: int, num_output: int, repeats: int, seed: int
+    llm: LLM, num_requests: int, num_prompt: int, num_output: int, repeats: int, seed: int, *, has_ledger: bool = False
 ) -> dict[str, object]:
     """Seconds of both sides, and by how much the watched one is slower; the first repetition warms up."""
     random = Random(seed)
@@ -65,13 +69,14 @@ def measure(
     alone_s, watched_s, num_pictures = list[float](), list[float](), 0
     for _ in tqdm(range(repeats + 1), desc="alone and watched", file=sys.stderr):
         alone_s.append(_alone(llm, prompts, num_output))
-        seconds, num_pictures = _watched(llm, prompts, num_output)
+        with keep_ledger(llm) if has_ledger else nullcontext():
+            seconds, num_pictures = _watched(llm, prompts, num_output)
         watched_s.append(seconds)
     best_s, best_watched_s = min(alone_s[1:]), min(watched_s[1:])
     num_steps = num_output  # all at once: the steps of the prompts give the first tokens
     return {
         "requests": num_requests, "prompt tokens": num_prompt, "output tokens": num_output, "repeats": repeats,
-        "alone, s": [round(s, 4) for s in alone_s[1:]], "watched, s": [round(s, 4) for s in watched_s[1:]],
+        "with the ledger": has_ledger, "alone, s": [round(s, 4) for s in alone_s[1:]], "watched, s": [round(s, 4) for s in watched_s[1:]],
         "pictures sent in the last": num_pictures,
         "a step alone, ms": round(best_s / num_steps * 1e3, 3),
         "slower by, %": round(100 * (best_watched_s / best_s - 1), 2),

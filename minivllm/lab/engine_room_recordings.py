@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from minivllm.course.engine_frames import EngineRun, Load
 from minivllm.errors import ConfigError
 from minivllm.lab.engine_room import EngineRoom
+from minivllm.lab.ledger import keep_ledger
 from minivllm.lab.room_load import nearest
 from minivllm.llm import LLM
 
@@ -85,7 +87,7 @@ def record(
         max_model_len=script.max_model_len,
     )  # fmt: skip
     room = EngineRoom(llm, script.load.changed("rate", script.load.rate * rate_factor), seed=seed)
-    try:
+    with closing(room), keep_ledger(llm):
         for play_s in (warm_up_s, seconds):
             room.reset()
             room.ask("start")
@@ -94,8 +96,6 @@ def record(
             if room.failure:
                 raise ConfigError(f"{script.name}: {room.failure}")
         run = room.recorded()
-    finally:
-        room.close()
     return EngineRun({**run.header, "title": script.title, "seconds": seconds, "machine": _machine(llm)}, run.frames)
 
 

@@ -199,7 +199,7 @@ def keep_ledger(llm: LLM, machine: Accelerator | str | None = None) -> Iterator[
         if cost := ledger.apply(event):
             llm.events.emit(cost)
 
-    stop = llm.events.listen(follow, is_last=True)
+    stop = llm.events.listen(follow, is_last=True, wants_hash=False)
     try:
         yield ledger
     finally:
