@@ -83,7 +83,6 @@ def test_the_script_makes_it_again_on_any_machine(tmp_path: Path, monkeypatch: p
     moves = next(script.moves for script in SCRIPTS if script.name == "room_qwen3_8b_h200")
     assert run.frames[-1].load.rate == moves[-1][2] * 0.5 and run.frames[-1].output_tokens > 0
     assert run.header["title"] == "shape of Qwen3-8B, random weights, H200"
-    assert run.frames[-1].time_s == pytest.approx(1.5, abs=1.0)
 
 
 def test_an_unknown_name_is_refused_before_anything_is_loaded() -> None:

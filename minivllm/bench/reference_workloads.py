@@ -182,12 +182,10 @@ def _listening(llm: LLM, is_recorded: bool) -> Iterator[list[Event]]:
     if not is_recorded:
         yield events
         return
-    stop, engine = llm.events.listen(events.append), llm.engine
-    hashed, engine.state_hash = engine.state_hash, str  # type: ignore[method-assign]  # str() is ""
+    stop = llm.events.listen(events.append, wants_hash=False)
     try:
         yield events
     finally:
-        engine.state_hash = hashed  # type: ignore[method-assign]
         stop()
 
 
