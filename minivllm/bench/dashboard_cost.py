@@ -76,7 +76,8 @@ def measure(
     num_steps = num_output  # all at once: the steps of the prompts give the first tokens
     return {
         "requests": num_requests, "prompt tokens": num_prompt, "output tokens": num_output, "repeats": repeats,
-        "with the ledger": has_ledger, "alone, s": [round(s, 4) for s in alone_s[1:]], "watched, s": [round(s, 4) for s in watched_s[1:]],
+        "with the ledger": has_ledger,
+        "alone, s": [round(s, 4) for s in alone_s[1:]], "watched, s": [round(s, 4) for s in watched_s[1:]],
         "pictures sent in the last": num_pictures,
         "a step alone, ms": round(best_s / num_steps * 1e3, 3),
         "slower by, %": round(100 * (best_watched_s / best_s - 1), 2),
