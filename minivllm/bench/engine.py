@@ -1,7 +1,7 @@
 """`minivllm bench engine`: our engine beside transformers, on the same weights, dtype and threads, in one run.
 
 With --workload, our engine alone on the workloads of reference_workloads.py, against the floor of the machine; with
---ledger too, every step of the best repetition against its own floor, as a table and a picture.
+--ledger too, every step of one more repetition against its own floor, as a table and a picture.
 Every figure is a ratio of times taken in turn within one process; the best of the repetitions counts for each side.
 """
 

@@ -10,13 +10,12 @@
 
 Each repetition begins with an empty prefix cache; the first one and the best are told apart. The floor is the sum of
 the floors of an ideal engine's steps: all prompts at once, then all requests together, a token each. With a ledger,
-every step of the best repetition is held against its own floor, however well the steps were chosen; costs are counted
+every step of one more repetition is held against its own floor, however well the steps were chosen; costs are counted
 after the run, not during it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
 
@@ -90,7 +89,7 @@ class EngineChoice:
 
 @dataclass
 class Ledgers:
-    """What `measure` fills where a ledger is wanted: each workload's steps in its best repetition, and tables."""
+    """What `measure` fills where a ledger is wanted: each workload's steps in one more repetition, and tables."""
 
     steps: dict[str, Steps] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -126,8 +125,8 @@ def measure(
         if ledgers is not None:
             steps = steps_of(run.events, work, machine, block_bytes)
             ledgers.steps[name], ledgers.machine = steps, machine.name
-            ledgers.lines += ledger_lines(name, steps, best_s)
-            row["ledger"] = ledger_facts(steps, best_s)
+            ledgers.lines += ledger_lines(name, steps, run.recorded_s)
+            row["ledger"] = ledger_facts(steps, run.recorded_s)
         rows.append(row)
     return rows
 
@@ -151,9 +150,10 @@ def shared_tokens(prompts: list[list[int]]) -> int:
 
 @dataclass
 class Run:
-    """A workload's repetitions: seconds of each, and where they are recorded, the events of the best one."""
+    """A workload's repetitions: seconds of each; of one more, which is recorded, its seconds and events."""
 
     times: list[float] = field(default_factory=list)
+    recorded_s: float = 0.0
     events: list[Event] = field(default_factory=list)
 
 
@@ -161,32 +161,21 @@ def _run(name: str, llm: LLM, lists: Lists, repeats: int, *, is_recorded: bool) 
     prompts, num_out = lists
     wish = SamplingParams(temperature=TEMPERATURE, ignore_eos=True, detokenize=name in TEXTS)
     params = [replace(wish, max_tokens=n) for n in num_out]
-    run = Run()
-    for _ in tqdm(range(repeats), desc=name):
+
+    def seconds() -> float:
         llm.reset_prefix_cache()
-        with _listening(llm, is_recorded) as events:
-            started_s = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            seconds = time.perf_counter() - started_s
+        started_s = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        ended_s = time.perf_counter()
         assert [len(output.outputs[0].token_ids) for output in outputs] == num_out
-        run.times.append(seconds)
-        if seconds == min(run.times):
-            run.events = events
-    return run
+        return ended_s - started_s
 
-
-@contextmanager
-def _listening(llm: LLM, is_recorded: bool) -> Iterator[list[Event]]:
-    """The events of the block under `with`, without hashes of the engine's state: those take longer than a step."""
-    events = list[Event]()
-    if not is_recorded:
-        yield events
-        return
-    stop = llm.events.listen(events.append, wants_hash=False)
-    try:
-        yield events
-    finally:
+    run = Run([seconds() for _ in tqdm(range(repeats), desc=name)])
+    if is_recorded:  # nobody listens to those that count
+        stop = llm.events.listen(run.events.append, wants_hash=False)
+        run.recorded_s = seconds()
         stop()
+    return run
 
 
 def _row(name: str, lists: Lists, times: list[float]) -> dict[str, object]:
