@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from minivllm.arguments import Params, as_list, per_prompt
 from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, search_all
 from minivllm.chat_template import apply_template
+from minivllm.collector import older_objects_frozen
 from minivllm.config import require_integers
 from minivllm.defaults import load_tokenizer, read_model_config, refuse_unknown
 from minivllm.engine.engine import Engine
@@ -235,7 +236,7 @@ class LLM:
             raise RequestError(f"priority must be a list of {len(prompts)} integers, one for each prompt")
         generations: list[Generation] = []
         try:
-            with held_interrupts() as let_through:
+            with held_interrupts() as let_through, older_objects_frozen():
                 for prompt, chosen, urgency in zip(prompts, params, priority, strict=True):
                     generations.append(self.text_engine.add(prompt, chosen, urgency))
                 with tqdm(total=len(generations), desc="Processed prompts", disable=not use_tqdm) as bar:

@@ -12,6 +12,7 @@ from functools import partial
 from queue import SimpleQueue
 from weakref import WeakSet
 
+from minivllm.collector import older_objects_frozen
 from minivllm.errors import ConfigError, RequestError
 from minivllm.interrupts import held_interrupts
 from minivllm.llm import LLM
@@ -170,6 +171,10 @@ class AsyncEngine:
         return stream
 
     def _run(self) -> None:
+        with older_objects_frozen():
+            self._step_while_there_is_work()
+
+    def _step_while_there_is_work(self) -> None:
         text_engine = self.llm.text_engine
         while True:
             with self._guard:  # so that no request slips in between the last look and the end of the thread
