@@ -225,6 +225,22 @@ def test_a_step_that_fails_leaves_the_next_one_as_it_would_have_been(
     assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == expected
 
 
+def test_filters_are_applied_while_steps_are_launched_ahead(folders: Callable[[str], Path], fused: None) -> None:
+    def hot(**filters: Any) -> SamplingParams:
+        return SamplingParams(temperature=5, max_tokens=9, ignore_eos=True, seed=3, **filters)
+
+    llm = engine(folders("qwen3"), has_graphs=True)
+    assert llm.runner.fused is not None
+    greedy = tokens(llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)))[0]
+    free, few = tokens(llm.generate([PROMPTS[0]] * 2, [hot(), hot(top_k=5)], use_tqdm=False))
+    assert len({tuple(ids[0]) for ids in (greedy, free, few)}) == 3
+    ahead = []
+    llm.events.listen(lambda _: ahead.append(llm.engine.plan_in_flight is not None))
+    wishes = [hot(top_k=1), hot(top_p=1e-6), hot(min_p=1.0), hot(), hot(top_k=5)]
+    found = tokens(llm.generate([PROMPTS[0]] * 5, wishes, use_tqdm=False))
+    assert found == [greedy] * 3 + [free, few] and any(ahead)
+
+
 class Letters:
     """A tokenizer of one letter a token."""
 

@@ -12,16 +12,23 @@ import numpy as np
 
 from minivllm.request import Request, SamplingParams
 
+WISHES = ("seeds", "temperatures", "top_k", "top_p", "min_p")  # how a row's token is to be chosen
+NO_FILTERS = (0, 1.0, 0.0)
+
 
 class BatchRows:
     """The requests of the latest step by row, and the host's copy of what the device knows of them."""
 
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
         self.requests: list[Request] = []
-        self.special: set[int] = set()  # rows whose requests, when they came, wanted more than a plain token
+        self.special: set[int] = set()  # rows whose tokens the host must look at: logprobs, penalties, forks
+        self.filtered: set[int] = set()  # rows that draw from the likeliest tokens only
         self.table = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.int64)
+        self.top_k = np.zeros(max_num_seqs, np.int32)
+        self.top_p = np.ones(max_num_seqs, np.float32)
+        self.min_p = np.zeros(max_num_seqs, np.float32)
         self.came_from = np.arange(max_num_seqs, dtype=np.int32)  # each row's request, in the step before
         self._row_ids = self.came_from.copy()
         self.num_blocks = np.zeros(max_num_seqs, np.int64)  # of each row in the table
@@ -60,6 +67,7 @@ class BatchRows:
         last = self.requests.pop()
         self._known.pop()
         self.special -= {row, len(self.requests)}
+        self.filtered -= {row, len(self.requests)}
         if row < len(self.requests):
             del self._row_of[last]
             self._sit(row, last)
@@ -69,9 +77,12 @@ class BatchRows:
         self.requests[row : row + 1] = [request]
         self._known[row : row + 1] = [[]]
         self._row_of[request] = row
-        self.temperatures[row] = request.params.temperature
-        self.seeds[row] = signed(request.seed)
-        if wants_more(request):
+        params = request.params
+        self.temperatures[row], self.seeds[row] = params.temperature, signed(request.seed)
+        self.top_k[row], self.top_p[row], self.min_p[row] = filters_of(params)
+        if filters_of(params) != NO_FILTERS:
+            self.filtered.add(row)
+        if needs_host(request):
             self.special.add(row)
 
     def _rewrite(self, row: int, held: list[int]) -> None:
@@ -93,14 +104,18 @@ def signed(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def wants_more(request: Request) -> bool:
-    """Whether a token drawn by temperature and seed is not all that a request wants."""
+def filters_of(params: SamplingParams) -> tuple[int, float, float]:
+    """top_k, top_p and min_p as the sampler's kernel takes them; a greedy row has none."""
+    return NO_FILTERS if params.is_greedy else (max(params.top_k, 0), params.top_p, params.min_p)
+
+
+def needs_host(request: Request) -> bool:
+    """Whether a token drawn on the device is not all that a request wants."""
     params = request.params
     wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
     return wants_logprobs or bool(request.pending_forks) or changes_logits(params)
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    """Whether more than temperature and seed decide: filters, penalties, tokens that may not come yet."""
-    has_filter = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
-    return params.has_penalties or params.min_tokens > 0 or (has_filter and not params.is_greedy)
+    """Whether the logits depend on what was said before: penalties, tokens that may not come yet."""
+    return params.has_penalties or params.min_tokens > 0

@@ -62,6 +62,8 @@ class FusedSteps:
             step, prompt_logprobs = self._decode(requests), PromptLogprobs()
         else:
             step, prompt_logprobs = self._compute(plan)
+        if self.buffers.rows.filtered:
+            self.sampler.filtered(self.logits[: len(requests)], self.buffers)
         ready = [end == request.num_expected for request, end in zip(requests, step.ends, strict=True)]
         tokens = self._tokens.send([request.id for request in requests], ready)
         if not self.buffers.rows.special:

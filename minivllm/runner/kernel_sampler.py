@@ -13,6 +13,7 @@ from minivllm_kernels.sampling import sample as sample_rows
 from minivllm.request import Request
 from minivllm.runner.batch_rows import signed
 from minivllm.runner.sampler import apply_penalties, forbid_early_end
+from minivllm.runner.step_buffers import StepBuffers
 
 
 class KernelSampler:
@@ -22,6 +23,16 @@ class KernelSampler:
         self.token_ids = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._partial = torch.empty(max_num_seqs, MAX_TILES, dtype=torch.int64, device=device)
         self._arrivals = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._floors = torch.empty(max_num_seqs, dtype=torch.float32, device=device)
+
+    def filtered(self, logits: torch.Tensor, buffers: StepBuffers) -> None:
+        """Choose again, now from what each row's top_k, top_p and min_p leave; rows without get the same token."""
+        rows = slice(len(logits))
+        sample_rows(
+            logits, buffers.temperatures[rows], buffers.seeds[rows], buffers.num_tokens[rows], self.token_ids[rows],
+            self._partial[rows], self._arrivals[rows], self._floors[rows],
+            top_k=buffers.top_k[rows], top_p=buffers.top_p[rows], min_p=buffers.min_p[rows],
+        )  # fmt: skip
 
     def __call__(
         self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor

@@ -1,6 +1,6 @@
 """A plan as tensors at fixed addresses: integers laid side by side in pinned memory, and one copy to the device a step.
 
-    words of 4 bytes    | seeds | temperatures | num_tokens | logit_rows |              by row, R rows
+    words of 4 bytes    | seeds | temperatures | num_tokens | top_k | top_p | min_p | logit_rows |     by row, R rows
                         | order | keys | query_starts |                                 chunks first, then single tokens
                         | token_ids | positions | slots |                               by token, in that order
                         | places | block ids |                                          what changed in the table
@@ -17,9 +17,9 @@ import torch
 from minivllm.attention.kernel_batch import KernelBatch, Keys
 from minivllm.engine.plan import StepPlan
 from minivllm.request import Request
-from minivllm.runner.batch_rows import BatchRows
+from minivllm.runner.batch_rows import WISHES, BatchRows
 
-ROW_PARTS = 8
+ROW_PARTS = 11
 ALIGNMENT = 64  # words: pointers to every part are multiples of 16 bytes, which kernels are compiled for
 
 
@@ -71,7 +71,8 @@ class StepBuffers:
         self._turn = 0
         self.seeds = self._words[: 2 * self.num_rows].view(torch.int64)
         self.temperatures = self._row_part(2).view(torch.float32)
-        self.num_tokens = self._row_part(3)
+        self.num_tokens, self.top_k = self._row_part(3), self._row_part(4)
+        self.top_p, self.min_p = (self._row_part(part).view(torch.float32) for part in (5, 6))
 
     def load_singles(self, requests: list[Request], padded_rows: int) -> LoadedStep:
         """Bring one token of each request that is seated to the device, and rows of padding behind them."""
@@ -84,7 +85,7 @@ class StepBuffers:
         np.add(positions[:count], 1, out=ends)
         block, offset = np.divmod(positions[:count], self.limits.block_size)
         slots[:count] = rows.table[self._row_ids[:count], block] * self.limits.block_size + offset
-        host.seeds[:count], host.temperatures[:count] = rows.seeds[:count], rows.temperatures[:count]
+        host.take_wishes(rows, count)
         if count < padded_rows:
             behind = slice(count, padded_rows)
             token_ids[behind], positions[behind], slots[behind], host.num_tokens[behind] = 0, -1, -1, 0
@@ -106,19 +107,19 @@ class StepBuffers:
     def singles(self, num_rows: int) -> KernelBatch:
         """One query in each of the first rows: the same addresses in every step."""
         token_ids, positions, slots = self._token_parts(num_rows, self.num_rows)
-        keys, starts = Keys(self.table[:num_rows], self.num_tokens[:num_rows]), self._row_part(7)[:1]
+        keys, starts = Keys(self.table[:num_rows], self.num_tokens[:num_rows]), self._row_part(10)[:1]
         return KernelBatch(token_ids, self.chosen, positions, slots, keys, None, starts, max_query_len=1)
 
     def ragged(self, step: LoadedStep) -> KernelBatch:
         """Any step, as it was loaded without padding."""
         num_tokens, num_requests = sum(step.num_new), len(step.requests)
         token_ids, positions, slots = self._token_parts(num_tokens, aligned(num_tokens))
-        order, num_keys = (self._row_part(part)[:num_requests] for part in (5, 6))
+        order, num_keys = (self._row_part(part)[:num_requests] for part in (8, 9))
         chunks, singles = (
             Keys(self.table.index_select(0, order[rows]), num_keys[rows].clone())
             for rows in (slice(step.num_chunks), slice(step.num_chunks, None))
         )
-        first = 7 * self.num_rows
+        first = 10 * self.num_rows
         starts = self._words[first : first + step.num_chunks + 1]
         return KernelBatch(
             token_ids, self.chosen, positions, slots, singles, chunks if len(chunks) else None, starts,
@@ -127,7 +128,7 @@ class StepBuffers:
 
     def last_tokens(self, step: LoadedStep) -> torch.Tensor:
         """Of each row, which token is its last, whose logits give the next one."""
-        return self._row_part(4)[: len(step.requests)]
+        return self._row_part(7)[: len(step.requests)]
 
     def _next_host(self) -> "HostWords":
         """The buffer that was written before the last one, once it has been read."""
@@ -139,7 +140,7 @@ class StepBuffers:
     def _write_rows(self, host: "HostWords", ends: list[int], num_new: list[int], order: list[int]) -> list[int]:
         """All that is one a row; where each row's tokens begin."""
         count = len(ends)
-        host.seeds[:count], host.temperatures[:count] = self.rows.seeds[:count], self.rows.temperatures[:count]
+        host.take_wishes(self.rows, count)
         host.num_tokens[:count], host.order[:count] = ends, order
         host.keys[:count] = host.num_tokens[order]
         stops = host.query_starts[: count + 1]
@@ -204,10 +205,17 @@ class HostWords:
         parts = [self.words[part * num_rows : (part + 1) * num_rows] for part in range(ROW_PARTS)]
         self.seeds = self.words[: 2 * num_rows].view(np.int64)
         self.temperatures = parts[2].view(np.float32)
-        self.num_tokens, self.last_tokens, self.order, self.keys = parts[3:7]
-        self.query_starts = self.words[7 * num_rows : ROW_PARTS * num_rows + 1]
+        self.num_tokens, self.top_k = parts[3:5]
+        self.top_p, self.min_p = (part.view(np.float32) for part in parts[5:7])
+        self.last_tokens, self.order, self.keys = parts[7:10]
+        self.query_starts = self.words[10 * num_rows : ROW_PARTS * num_rows + 1]
         self._first_token = ROW_PARTS * num_rows + ALIGNMENT
         self.singles = self._token_parts(num_rows, num_rows)
+
+    def take_wishes(self, rows: BatchRows, count: int) -> None:
+        """How the tokens of the first rows are to be chosen."""
+        for name in WISHES:
+            getattr(self, name)[:count] = getattr(rows, name)[:count]
 
     def tokens(self, num_tokens: int) -> tuple[np.ndarray, ...]:
         """Token ids, positions and slots of a step of any kind."""
