@@ -11,6 +11,7 @@ from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 
+from minivllm.collector import older_objects_frozen
 from minivllm.course.engine_frames import EngineRun, Frame, Load
 from minivllm.course.frame_fold import FrameFold
 from minivllm.errors import ConfigError, MiniVLLMError, short
@@ -43,12 +44,9 @@ class EngineRoom:
         self.llm, self._seed, self._step_s = llm, seed, step_s
         self.choices = choices_of(llm.engine.built_config)
         self._text, self.prompts = text_of(llm, seed)
-        self.wished = possible(
-            load or Load(), self.choices
-        )  # as it will be when the engine has read all that was asked
+        self.wished = possible(load or Load(), self.choices)  # by the engine, once it has read all that was asked
         self.is_playing = self._is_closed = False
-        self.failure = ""
-        self.said = ""
+        self.failure = self.said = ""
         self._followers: list[Callable[[], None]] = []
         self._wishes: SimpleQueue[Wish] = SimpleQueue()
         self._guard, self._turn = threading.Lock(), threading.Lock()  # the thread's life; who drives
@@ -91,7 +89,9 @@ class EngineRoom:
         self._wishes.put((wish, wanted))
         with self._guard:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._drive, name="minivllm-engine-room", daemon=True)
+                self._thread = threading.Thread(
+                    target=older_objects_frozen()(self._drive), name="minivllm-engine-room", daemon=True
+                )
                 self._thread.start()
 
     def wait(self, timeout_s: float = 60.0) -> bool:
