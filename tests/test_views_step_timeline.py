@@ -39,6 +39,31 @@ def recorded(options: Options, num_requests: int = 9) -> Trace:
     return trace
 
 
+def test_steps_launched_ahead_leave_no_cell_that_was_not_computed() -> None:
+    engine, runner = fake_engine(num_blocks=60, max_num_seqs=3, max_num_batched_tokens=64, eos_token_ids=(0,))
+    runner.is_async = True
+    fold, plans, events = TimelineFold(asdict(engine.config)), dict[int, set[str]](), list[Event]()
+    engine.events.listen(fold.apply)
+    engine.events.listen(events.append)
+    runner.before = lambda plan: plans.update({plan.step: {request.id for request, _ in plan.scheduled}})
+    for i in range(9):
+        engine.add(fake_request(f"r{i}", [7] * (3 + 2 * i) + [i], max_tokens=9 + i))
+    num_late = 0
+    while engine.has_work:
+        for request in engine.step():
+            num_late += request.is_finished and request.id in plans.get(engine.scheduler.step, ())
+    assert num_late > 0, "nobody had a token too many"
+    state, ended = fold.state(), set[str]()
+    assert sorted(row.request_id for row in state.rows) == sorted(f"r{i}" for i in range(9))
+    for event in events:
+        if isinstance(event, StepRan):
+            cells = {row.request_id: run.kind for row in state.rows if (run := row.at(event.step)) is not None}
+            computed = {id_ for id_, kind in cells.items() if kind in COMPUTED}
+            assert computed == {id_ for id_, *_ in event.scheduled} - ended
+            assert set(cells.values()) <= {*COMPUTED, "waiting"}
+            ended = {end.request_id for end in events[: events.index(event)] if isinstance(end, Finished)}
+
+
 @pytest.mark.parametrize("policies", POLICIES, ids=str)
 def test_cells_are_what_the_real_engine_did_in_every_step(policies: Options) -> None:
     engine, runner = fake_engine(**policies)

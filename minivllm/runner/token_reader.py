@@ -1,8 +1,8 @@
 """The way of chosen tokens to the host: one small copy a step, read when somebody asks.
 
-    device   | step 1 ........ | step 2 ........ | step 3 ........ |
-                               \\ copy            \\ copy            \\ copy
-    host       launch 2, read 1 ^  launch 3, read 2 ^
+    device   | step 1 ............... | step 2 ............... | step 3 ............... |
+                                   copy 1                   copy 2                   copy 3
+    host       | launch 2 | wait for 1 | launch 3 | wait for 2  | launch 4 | wait for 3
 
 Two places on the host, for one step is under way while the tokens of the one before it are read.
 """

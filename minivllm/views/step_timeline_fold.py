@@ -86,6 +86,7 @@ class _Record:
     status: str = "waiting"
     seat: int | None = None
     begun_at: int = 0  # tokens stored when it was admitted
+    begun_in: int = 0  # the step
     stored: int = 0  # the most so far
     recompute_to: int = 0  # tokens that were stored once and are not any more
     runs: deque[Run] = field(default_factory=deque)
@@ -103,6 +104,7 @@ class TimelineFold:
         self._alive: dict[str, _Record] = {}
         self._gone: deque[_Record] = deque()
         self._leaving: list[_Record] = []  # finished in the step that runs
+        self._left: set[str] = set()  # ids of all who were there once
         self._seats: dict[int, str] = {}
         self._most_seats = 0
         self._steps: deque[StepFacts] = deque(maxlen=num_kept)
@@ -114,7 +116,7 @@ class TimelineFold:
                 self._alive[request_id] = _Record(request_id, self._num_arrived, num_prompt)
                 self._num_arrived += 1
             case Admitted(request_id=request_id, num_computed=num_computed):
-                self._begin(self._record(request_id), num_computed)
+                self._begin(self._record(request_id), num_computed, event.step)
             case Forked():
                 self._fork(event)
             case Preempted(request_id=request_id, how=how):
@@ -140,8 +142,8 @@ class TimelineFold:
             self._num_arrived += 1
         return self._alive[request_id]
 
-    def _begin(self, record: _Record, num_computed: int) -> None:
-        record.status, record.begun_at = "running", num_computed
+    def _begin(self, record: _Record, num_computed: int, step: int) -> None:
+        record.status, record.begun_at, record.begun_in = "running", num_computed, step
         record.stored = max(record.stored, num_computed)
         record.seat = next(seat for seat in range(len(self._seats) + 1) if seat not in self._seats)
         self._seats[record.seat] = record.request_id
@@ -151,7 +153,7 @@ class TimelineFold:
         child, parent = self._record(event.request_id), self._record(event.parent_id)
         child.num_prompt = max(child.num_prompt, parent.num_prompt)
         if event.block_ids:
-            self._begin(child, event.num_computed)
+            self._begin(child, event.num_computed, event.step)
         else:
             child.recompute_to = parent.stored  # its tokens were computed once, for the parent
 
@@ -163,6 +165,7 @@ class TimelineFold:
 
     def _leave(self, step: int, request_id: str) -> None:
         """A request that ends within a step still has its cell there; between steps it is gone at once."""
+        self._left.add(request_id)
         record = self._alive.pop(request_id, None)
         if record is None:
             return
@@ -182,11 +185,13 @@ class TimelineFold:
         present = {record.request_id: record for record in [*self._leaving, *self._alive.values()]}
         scheduled = {request_id: (new, stored) for request_id, new, stored in event.scheduled}
         for request_id, (num_new, stored) in scheduled.items():
+            if request_id in self._left and request_id not in present:
+                continue  # a step launched ahead: it ended in the one before
             record = present.get(request_id) or self._record(request_id)
             _extend(record, event.step, _kind(record, num_new, stored), num_new, stored)
             record.stored = max(record.stored, stored)
         for record in self._alive.values():
-            if record.request_id not in scheduled:
+            if record.request_id not in scheduled and record.begun_in <= event.step:  # else by a step launched ahead
                 kind = "paused" if record.status == "running" else record.status
                 _extend(record, event.step, kind, 0, record.stored)
         for record in self._leaving:
