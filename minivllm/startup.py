@@ -105,7 +105,7 @@ def start(
     with phases.of(lambda: f"KV pool, {tokens}, {storage.num_bytes / GIB:.2f} GiB"), memory_for(what):
         storage = KVStorage(model, config.num_blocks, config.block_size, device, config.num_host_blocks, groups)
         runner = ModelRunner(built, model, storage, device, limits)
-    runner.schedules_ahead = not gpu.enforce_eager if gpu.async_scheduling is None else gpu.async_scheduling
+    runner.schedules_ahead = not gpu.enforce_eager and gpu.async_scheduling is not False
     if device == "cuda" and not gpu.enforce_eager:
         figure = f"lower gpu_memory_utilization ({gpu.gpu_memory_utilization:g}) or max_num_seqs"
         what = f"the graphs of decode steps: {figure}, or set enforce_eager=True"

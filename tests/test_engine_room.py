@@ -356,3 +356,25 @@ def test_counted_seconds_become_those_of_the_machine(room: EngineRoom) -> None:
     assert 0 < frames[-1].time_s - counted_s < 5 * 0.05 + 2.0
     room.count_steps(100.0)
     assert room.run(1, rate=8)[-1].time_s - frames[-1].time_s >= 100
+
+
+def test_a_reset_while_it_plays_pauses_it_and_steps_come_after_what_was_asked(room: EngineRoom) -> None:
+    room.ask("start")
+    wait_until(lambda: room.is_playing)
+    room.reset()
+    assert not room.is_playing and not room.llm.engine.has_work
+    room.ask("batch_limit", 1)
+    room.run(2)
+    assert room.load.batch_limit == room.wished.batch_limit == 1
+    assert all(frame.load.batch_limit == 1 for frame in room.frames[-1:])
+    room.ask("start")
+    with pytest.raises(ConfigError, match="the engine room plays"):
+        room.run(1)
+
+
+def test_a_closed_room_takes_no_step(llm: LLM) -> None:
+    room = EngineRoom(llm, LOAD, step_s=0.05)
+    room.close()
+    with pytest.raises(ConfigError, match="is closed: make another"):
+        room.run(1)
+    assert not llm.engine.has_work

@@ -81,17 +81,14 @@ class EngineRoom:
         """Leave a wish: a button, or a setting and its value. Raises MiniVLLMError for what there is not."""
         if self._is_closed:
             raise MiniVLLMError("this engine room is closed: make another EngineRoom(llm)")
-        if wish in BUTTONS:
-            wanted = 0.0
-        else:
-            wanted = self._checked(wish, value)
+        wanted = 0.0 if wish in BUTTONS else self._checked(wish, value)
+        if wish not in BUTTONS:
             self.wished = self.wished.changed(wish, wanted)
         self._wishes.put((wish, wanted))
         with self._guard:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=older_objects_frozen()(self._drive), name="minivllm-engine-room", daemon=True
-                )
+                drive = older_objects_frozen()(self._drive)
+                self._thread = threading.Thread(target=drive, name="minivllm-engine-room", daemon=True)
                 self._thread.start()
 
     def wait(self, timeout_s: float = 60.0) -> bool:
@@ -108,10 +105,11 @@ class EngineRoom:
         self.wait()
 
     def run(self, num_steps: int, **settings: float) -> list[Frame]:
-        """Change settings, take steps here and now, and return the frames that came of it.
-
-        Raises ConfigError while the room plays, and when nobody is there and nobody will come.
-        """
+        """Change settings, take steps here and now; the frames that came of it. Raises ConfigError while it plays."""
+        if self._is_closed:
+            raise ConfigError("this engine room is closed: make another EngineRoom(llm)")
+        while not self.is_playing and not self.wait(timeout_s=0.05):
+            pass
         if self.is_playing:
             raise ConfigError("the engine room plays: ask('pause') first")
         wanted = {name: self._checked(name, value) for name, value in settings.items()}
@@ -128,7 +126,8 @@ class EngineRoom:
         return self.frames[num_frames:]
 
     def reset(self) -> None:
-        """Drop all requests and cached prefixes, begin again at second 0; every block must be free then."""
+        """Pause, drop all requests and cached prefixes, begin again at second 0; every block must be free then."""
+        self.stop()
         self.ask("reset")
         self.wait()
 
