@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from minivllm import __version__, doctor
 from minivllm.errors import ConfigError, MiniVLLMError, RequestError, short
 from minivllm.request import SamplingParams
+from minivllm.speculative_config import parse_speculative
 
 if TYPE_CHECKING:
     from minivllm.bench.engine import Draw
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("fetch", "Download and convert the default model, once.", fetch, None),
         ("generate", "Answer or continue a prompt, as the tokens come.", generate, _add_generate),
         ("convert", "Write a Llama model with another attention: MHA, GQA, MQA or MLA.", convert, _add_convert),
-        ("bench", "Measure: minivllm bench engine --help, also kernels and policies.", bench, _add_bench),
+        ("bench", "Measure: minivllm bench engine --help, also kernels, policies and speculation.", bench, _add_bench),
         ("study", "Try the engine's policies on itself and print what came of it.", study, _add_study),
         ("quiz", "Flash cards and mock interviews on the course, spaced over time.", quiz, _add_quiz),
         ("doctor", "Say what this machine has, and what to do about each lack.", examine, None),
@@ -146,6 +147,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--raw", action="store_true", help="continue the text as it stands")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
+    parser.add_argument("--speculative-config", metavar="JSON", help='draft, for example \'{"method": "ngram"}\'')
     parser.add_argument("--stats", action="store_true", help="then say how many tokens, and how fast")
 
 
@@ -157,13 +159,14 @@ def generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         seed=options.seed,
     )  # before the model loads: a wrong option should not cost seconds
+    drafting = parse_speculative(options.speculative_config)
     prompt = sys.stdin.read().rstrip("\n") if options.prompt == "-" else options.prompt
     if not prompt:
         raise RequestError("the prompt is empty; give some text")
 
     from minivllm.llm import LLM  # torch and transformers: seconds
 
-    llm = LLM(model=options.model, dtype=options.dtype, load_format=options.load_format)
+    llm = LLM(model=options.model, dtype=options.dtype, load_format=options.load_format, speculative_config=drafting)
     num_shown = 0
     try:
         for result in _ask(llm, prompt, params, options):
@@ -195,6 +198,8 @@ def _stats(result: "RequestOutput") -> str:
         line += f", first token after {(metrics.first_token_time - metrics.arrival_time) * 1e3:.0f} ms"
         line += f", {len(sample.token_ids)} tokens"
         line += f", then {(len(sample.token_ids) - 1) / decode_s:.1f} tokens/s" if decode_s else ""
+    if metrics.num_drafted:
+        line += f", {metrics.num_accepted_drafts} of {metrics.num_drafted} drafts accepted"
     return f"{line}; {sample.finish_reason}"
 
 
@@ -212,7 +217,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["engine", "kernels", "policies"])
+    parser.add_argument("what", choices=["engine", "kernels", "policies", "speculation"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of that benchmark")
 
 

@@ -13,6 +13,7 @@ from minivllm.layer_groups import LayerGroups, group_layers, one_group
 from minivllm.outputs import Tokenizer
 from minivllm.runner.device import GIB, available_memory, choose_dtype, default_kv_cache_memory
 from minivllm.runner.kv_storage import block_bytes, blocks_in
+from minivllm.speculative_config import read_speculative
 from minivllm.weights import ModelSource
 
 DEFAULT_BUDGET = 2048  # tokens a step may compute
@@ -53,6 +54,7 @@ def engine_config(
 ) -> EngineConfig:
     """All decisions in one place: the policies as asked for, and what follows from the model and the pool."""
     chosen: dict[str, object] = {**policies, "enable_prefix_caching": caches_prefixes(policies)}
+    chosen["speculative"] = read_speculative(chosen.pop("speculative_config", None))
     if swap_space and "num_host_blocks" in policies:
         raise ConfigError("swap_space and num_host_blocks say the same in other units: give one of them")
     if swap_space:
@@ -108,8 +110,12 @@ def pool_size(
     num_blocks: int | None,
     kv_cache_memory: int | None,
     device: str,
+    drafter_bytes: int = 0,
 ) -> int:
-    """Blocks of the KV pool, the null block included: as asked, or as many as the budget buys."""
+    """Blocks of the KV pool, the null block included: as asked, or as many as the budget buys.
+
+    `drafter_bytes` is what drafters keep of a token beside it.
+    """
     if not 1 <= block_size <= 256:
         raise ConfigError(f"block_size must be from 1 to 256, not {block_size}")
     if num_blocks is None:
@@ -118,10 +124,11 @@ def pool_size(
             kv_cache_memory = default_kv_cache_memory(device, weight_bytes)
         most = config.max_position * 1024  # a thousand requests of full length: more would never be used
         most_blocks = 1 + len(groups.windows) * most // block_size
-        num_blocks = min(blocks_in(kv_cache_memory, config, block_size, groups), most_blocks)
+        num_blocks = min(blocks_in(kv_cache_memory, config, block_size, groups, drafter_bytes), most_blocks)
     if num_blocks < 2:
         raise ConfigError(f"num_blocks must be at least 2 (block 0 holds no tokens), not {num_blocks}")
-    num_bytes, free_bytes = num_blocks * block_bytes(config, block_size, groups), available_memory()
+    own_bytes = block_bytes(config, block_size, groups) + drafter_bytes * block_size
+    num_bytes, free_bytes = num_blocks * own_bytes, available_memory()
     if device == "cpu" and num_bytes > free_bytes:
         gib = f"{num_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB are free"
         raise ConfigError(f"the KV pool would take {gib}: lower kv_cache_memory or num_blocks")

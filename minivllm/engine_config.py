@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from minivllm.config import require_integers
 from minivllm.errors import ConfigError
+from minivllm.speculative_config import SpeculativeConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "batching": ("chunked", "decode_first", "prefill_first", "request_level", "static"),
@@ -36,6 +37,7 @@ class Policies(TypedDict, total=False):
     prefix_cache: str
     eviction_policy: str
     watermark: float
+    speculative_config: object  # a dict, or a list of them; read_speculative
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class EngineConfig:
     group_windows: tuple[int | None, ...] = (None,)
     watermark: float = 0.01  # share of the pool that admission leaves free for those already running
     eos_token_ids: tuple[int, ...] = field(default=())
+    speculative: tuple[SpeculativeConfig, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -153,6 +156,10 @@ class EngineConfig:
                 "layers of this model have a sliding window, so the starts of prefixes are freed: "
                 "use prefix_cache='hash' with eviction_policy='lru', or enable_prefix_caching=False"
             )
+        if self.speculative and self.allocator != "paged":
+            raise ConfigError(f"allocator={self.allocator!r} cannot give blocks of drafts back: use allocator='paged'")
+        if len(self.group_windows) > 1 and any(config.method != "ngram" for config in self.speculative):
+            raise ConfigError("layers of this model form groups with tables of their own: use the method 'ngram'")
         if len(self.group_windows) > 1 and self.allocator != "paged":
             raise ConfigError(f"allocator={self.allocator!r} keeps one table for all layers: use allocator='paged'")
         if len(self.group_windows) > 1 and self.group_windows[0] is not None:

@@ -27,7 +27,10 @@ class Added(Event):
 
 @dataclass(frozen=True, slots=True)
 class Waited(Event):
-    """The head of the queue was not admitted: reason is no_seat, no_budget, no_blocks, just_preempted or batch_runs."""
+    """The head of the queue was not admitted: reason is no_seat, no_budget, no_blocks, just_preempted or batch_runs.
+
+    Or one in the queue was passed over, as what it begins with is computed by another in this step: prefix_under_way.
+    """
 
     request_id: str
     reason: str
@@ -259,15 +262,6 @@ class StepCosted(Event):
         """What the floor does not explain."""
         return self.run_ms - self.floor_ms
 
-
-KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind
-    for kind in (
-        Added, Waited, PrefixHit, Admitted, Evicted, BlocksTaken, BlockCached, BlocksReleased, Preempted, Finished,
-        Refused, StepRan, Forked, BlockCopied, BlockExchanged, BlocksReserved, BlocksDropped, SwappedOut, SwappedIn,
-        Pinned, Unpinned, StepCosted,
-    )
-}  # fmt: skip
 
 Listener = Callable[[Event], None]
 

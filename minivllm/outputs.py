@@ -1,6 +1,6 @@
 """What a user gets back, under vLLM's names; and how tokens become text while they are still coming."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,10 +37,19 @@ class RequestMetrics:
     first_token_time: float | None
     finished_time: float | None
     num_preemptions: int
+    num_drafted: int = 0  # tokens proposed to its samples
+    num_accepted_drafts: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+def sum_counts(requests: Iterable[Request]) -> tuple[int, int, int]:
+    """Preemptions, drafts and accepted drafts of a request's samples."""
+    counts = [(r.num_preemptions, r.num_drafted, r.num_accepted_drafts) for r in requests]
+    preempted, drafted, accepted = (sum(column) for column in zip(*counts, strict=True))
+    return preempted, drafted, accepted
 
 
 @dataclass(frozen=True)
@@ -143,17 +152,31 @@ class Sample:
         return Sample(request, self.detokenizer and self.detokenizer.fork(), self.num_seen, list(self.logprobs))
 
     def find_stop(self) -> str | None:
-        """The stop string that the tokens since the last call completed, if any."""
-        return self._decode_new() if self.request.params.stop_strings or self.request.is_finished else None
+        """The stop string that the tokens since the last call completed, if any; tokens behind it are dropped."""
+        request = self.request
+        if not request.params.stop_strings:
+            return self._decode_new() if request.is_finished else None
+        while self.num_seen < request.num_output:  # one by one: accepted drafts may go on behind it
+            if stop := self._decode_new(1):
+                del request.token_ids[request.num_prompt + self.num_seen :]
+                return stop
+        return None
 
-    def _decode_new(self) -> str | None:
-        new_token_ids = self.request.token_ids[self.request.num_prompt + self.num_seen :]
+    def judge(self, logprobs: list[TokenLogprobs]) -> None:
+        """Take in the logprobs of new tokens; drafts behind the one that ended the request have some, too."""
+        self.logprobs.extend(logprobs)
+        del self.logprobs[self.request.num_output :]
+
+    def _decode_new(self, most: int | None = None) -> str | None:
+        first = self.request.num_prompt + self.num_seen
+        new_token_ids = self.request.token_ids[first : None if most is None else first + most]
         self.num_seen += len(new_token_ids)
-        if self.request.finish_reason == "stop" and not self.request.params.include_stop_str_in_output:
+        is_last = self.request.is_finished and self.num_seen == self.request.num_output
+        if is_last and self.request.finish_reason == "stop" and not self.request.params.include_stop_str_in_output:
             new_token_ids = new_token_ids[:-1]  # the token that ends a request is no part of its text, as in vLLM
         if self.detokenizer is None:
             return None
-        return self.detokenizer.feed(new_token_ids, is_last=self.request.is_finished)
+        return self.detokenizer.feed(new_token_ids, is_last=is_last)
 
     def output(self, index: int, tokenizer: Tokenizer | None) -> CompletionOutput:
         """The sample as it stands; without stop strings this is when its new tokens are decoded."""

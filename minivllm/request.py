@@ -46,6 +46,8 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    num_speculative_tokens: int | None = None  # None: as the engine's speculative_config says; 0: no drafts
+    speculative_method: str | None = None  # one of the engine's methods, or "off"; None: the first
 
     def __post_init__(self) -> None:
         _real("presence_penalty", self.presence_penalty, -2, 2)
@@ -59,7 +61,13 @@ class SamplingParams:
             raise ConfigError(f"n must be at most {MAX_SAMPLES}, not {self.n}")
         _whole("top_k", self.top_k, -1)
         _whole("min_tokens", self.min_tokens, 0)
-        for name, least in (("seed", -(2**63)), ("max_tokens", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
+        for name, least in (
+            ("seed", -(2**63)),
+            ("max_tokens", 1),
+            ("logprobs", 0),
+            ("prompt_logprobs", 0),
+            ("num_speculative_tokens", 0),
+        ):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), least)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
@@ -76,6 +84,8 @@ class SamplingParams:
             raise ConfigError("stop strings need detokenize=True; use stop_token_ids without it")
         if not isinstance(self.stop_token_ids, list | tuple | None):
             raise ConfigError(f"stop_token_ids must be a list of token ids, not {short(self.stop_token_ids)}")
+        if not isinstance(self.speculative_method, str | None):
+            raise ConfigError(f"speculative_method must be a name or None, not {short(self.speculative_method)}")
         for token in self.stop_token_ids or ():
             _whole("stop_token_ids", token, 0)
 
@@ -156,6 +166,11 @@ class Request:
     is_steered: bool = False  # its owner chooses its tokens: beam search
     is_held: bool = False  # steered, its logits are delivered, and it waits for the choice
     num_published: int = 0  # leading blocks that were offered to the prefix cache
+    num_drafted: int = 0  # tokens that were proposed to it
+    num_accepted_drafts: int = 0
+    draft_length: int | None = None  # of an adaptive drafter; None: the longest
+    num_losses: int = 0  # rounds in a row of which nothing was accepted
+    drafts_again_at: int = 0  # tokens; until then an adaptive drafter keeps silent
     cache_parent: int | str | None = None  # the cache entry that the next published block continues; None: cannot
 
     @property

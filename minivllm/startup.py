@@ -23,7 +23,10 @@ from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.loader import build_model
 from minivllm.runner.memory import least_pool, measure, memory_for
 from minivllm.runner.model_runner import ModelRunner
+from minivllm.runner.proposers import Drafters
+from minivllm.runner.speculation import Speculation
 from minivllm.runner.step_buffers import StepLimits
+from minivllm.speculative_config import for_device
 from minivllm.weights import ModelSource
 
 UNLIMITED_BLOCKS = 2**40
@@ -38,6 +41,7 @@ class Sizes:
     num_blocks: int | None
     kv_cache_memory: int | None
     swap_space: float
+    drafter_bytes: int = 0  # of a token, kept by drafters beside the target's K and V
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ def start(
     has_weights: bool, seed: int, show_progress: bool,
 ) -> Started:  # fmt: skip
     """Load the model and make its runner. Raises ModelError and ConfigError, one line each."""
+    speculative = for_device(policies.get("speculative_config"), device)
+    policies["speculative_config"] = speculative
+    drafters = Drafters(speculative, model, source.folder, has_weights=has_weights, show_progress=show_progress)
+    sizes = replace(sizes, drafter_bytes=drafters.bytes_per_token)
     groups, files = choose_groups(model, policies), source.weight_files if has_weights else []
     phases = Phases(is_told=show_progress and device == "cuda")
     built = None
@@ -92,31 +100,39 @@ def start(
         limits = limits_of(_check_early(model, policies, groups, sizes))
         with phases.of(lambda: f"weights, {torch.cuda.memory_allocated() / GIB:.2f} GiB"):
             built = _load(model, files, seed, device)
+            drafters.load(built, seed, device)
         with phases.of(lambda: f"a step of {limits.max_num_batched_tokens:,} tokens, {use.by_steps / GIB:.2f} GiB"):
             use = measure(built, model, groups, limits, "cuda", has_graphs=not gpu.enforce_eager)
         if sizes.num_blocks is None and sizes.kv_cache_memory is None:
             least = least_pool(model, sizes.block_size, groups)
             sizes = replace(sizes, kv_cache_memory=use.left_for_kv(gpu.gpu_memory_utilization, least))
     config = _config(model, policies, groups, sizes, device)
-    built = built or _load(model, files, seed, device)
+    if built is None:
+        built = _load(model, files, seed, device)
+        drafters.load(built, seed, device)
     limits = limits_of(config)
     what = f"a KV pool of {config.num_blocks} blocks: lower kv_cache_memory or num_blocks"
     tokens = f"{config.num_blocks:,} blocks of {config.block_size} tokens"
     with phases.of(lambda: f"KV pool, {tokens}, {storage.num_bytes / GIB:.2f} GiB"), memory_for(what):
         storage = KVStorage(model, config.num_blocks, config.block_size, device, config.num_host_blocks, groups)
         runner = ModelRunner(built, model, storage, device, limits)
+        if config.speculative:
+            runner.speculation = Speculation(drafters.proposers(built, storage), model.eos_token_ids)
     runner.schedules_ahead = not gpu.enforce_eager and gpu.async_scheduling is not False
     if device == "cuda" and not gpu.enforce_eager:
         figure = f"lower gpu_memory_utilization ({gpu.gpu_memory_utilization:g}) or max_num_seqs"
-        what = f"the graphs of decode steps: {figure}, or set enforce_eager=True"
-        with phases.of(lambda: f"{runner.num_graphs} CUDA graphs of decode steps"), memory_for(what):
+        what = f"the graphs of steps: {figure}, or set enforce_eager=True"
+        with phases.of(lambda: f"{runner.num_graphs} CUDA graphs of steps"), memory_for(what):
             runner.capture_graphs(show_progress=show_progress)
     return Started(config, storage, runner)
 
 
 def limits_of(config: EngineConfig) -> StepLimits:
     """What the memory of a step is made for."""
-    return StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size)
+    max_drafts = max((each.num_speculative_tokens for each in config.speculative), default=0)
+    return StepLimits(
+        config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size, max_drafts
+    )
 
 
 def _load(model: ModelConfig, files: list, seed: int, device: str) -> Decoder:
@@ -125,7 +141,8 @@ def _load(model: ModelConfig, files: list, seed: int, device: str) -> Decoder:
 
 
 def _config(model: ModelConfig, policies: Policies, groups: LayerGroups, sizes: Sizes, device: str) -> EngineConfig:
-    num_blocks = pool_size(model, groups, sizes.block_size, sizes.num_blocks, sizes.kv_cache_memory, device)
+    size = sizes.num_blocks, sizes.kv_cache_memory
+    num_blocks = pool_size(model, groups, sizes.block_size, *size, device, sizes.drafter_bytes)
     asked = sizes.max_model_len
     max_model_len = longest_request(model, policies, groups, asked, num_blocks, sizes.block_size)
     return engine_config(

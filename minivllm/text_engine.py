@@ -14,7 +14,7 @@ from minivllm.engine.plan import TokenLogprobs
 from minivllm.errors import RequestError, short
 from minivllm.fair_lock import FairLock
 from minivllm.interrupts import held_interrupts
-from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs
+from minivllm.outputs import Detokenizer, RequestMetrics, RequestOutput, Sample, Tokenizer, as_logprobs, sum_counts
 from minivllm.prompts import Prompt, open_dict, require_unicode
 from minivllm.request import Request, SamplingParams
 
@@ -61,7 +61,7 @@ class Generation:
                 first.first_scheduled_s,
                 first.first_token_s,
                 max(t for t in finish_times if t is not None) if self.is_finished else None,
-                sum(sample.request.num_preemptions for sample in self.samples),
+                *sum_counts(sample.request for sample in self.samples),
             ),
             num_cached_tokens=first.num_cached,
         )
@@ -270,9 +270,9 @@ class TextEngine:
             touched[generation] = None
             samples = generation.samples
             sample = samples[0] if len(samples) == 1 else next(s for s in samples if s.request is request)
-            if request.id in result.logprobs:
-                sample.logprobs.extend(result.logprobs[request.id])
             stop = sample.find_stop()
+            if request.id in result.logprobs:
+                sample.judge(result.logprobs[request.id])
             if stop is not None:
                 self._end_at_stop_string(request, stop)
         for generation in touched:

@@ -6,9 +6,43 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
+from minivllm.draft_events import BlocksTrimmed, DraftJudged, StepSpeculated
 from minivllm.errors import MiniVLLMError
-from minivllm.events import KINDS, Event, StepRan
+from minivllm.events import (
+    Added,
+    Admitted,
+    BlockCached,
+    BlockCopied,
+    BlockExchanged,
+    BlocksDropped,
+    BlocksReleased,
+    BlocksReserved,
+    BlocksTaken,
+    Event,
+    Evicted,
+    Finished,
+    Forked,
+    Pinned,
+    Preempted,
+    PrefixHit,
+    Refused,
+    StepCosted,
+    StepRan,
+    SwappedIn,
+    SwappedOut,
+    Unpinned,
+    Waited,
+)
 from minivllm.text_files import read_text, write_text
+
+KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (
+        Added, Waited, PrefixHit, Admitted, Evicted, BlocksTaken, BlockCached, BlocksReleased, Preempted, Finished,
+        Refused, StepRan, Forked, BlockCopied, BlockExchanged, BlocksReserved, BlocksDropped, SwappedOut, SwappedIn,
+        Pinned, Unpinned, StepCosted, DraftJudged, BlocksTrimmed, StepSpeculated,
+    )
+}  # fmt: skip
 
 
 @dataclass

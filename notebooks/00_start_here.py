@@ -224,7 +224,7 @@ UnitTrainer("GB and GiB")
 # ## 5. What can you answer already?
 #
 # Twenty questions, drawn for you. Pick an answer, hand it in; it counts once. The polygon shows the share right for
-# each subject, and the line above it says where to start. There is no need to finish: the first nine touch every
+# each subject, and the line above it says where to start. There is no need to finish: the first ten touch every
 # subject. `begin again` draws other numbers.
 
 # %%
@@ -266,7 +266,7 @@ guesser
 # | 09 | Why does the batch keep changing? | where a gain in throughput comes from |
 # | 10 | Who pays when a long prompt arrives? | what chunks cost, and whom |
 # | 11 | What happens when the pool is full? | whom to preempt, and how |
-# | 12 | Can checking be cheaper than writing? | when speculation pays |
+# | 12 | [Can checking be cheaper than writing?](12_speculative_decoding.ipynb) | when speculation pays |
 # | 13 | Which bits can go? | what fewer bits speed up |
 # | 14 | One pool or two? | when to split prefill from decode |
 # | 15 | Defend a design | all of it, in 45 minutes |

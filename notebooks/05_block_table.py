@@ -260,7 +260,7 @@ def tables_of(block_size: int) -> list[tuple[int, int]]:
     """Tokens stored and blocks taken by three prompts, after one step."""
     small = resized(llm, block_size, num_slots=768)
     for num_tokens in (21, 70, 130):
-        prompt = [100 + i for i in range(num_tokens)]
+        prompt = [num_tokens + i for i in range(num_tokens)]
         small.text_engine.add(small.text_engine.check(prompt), GREEDY)
     small.text_engine.step()
     running = small.engine.scheduler.running

@@ -256,6 +256,33 @@ replay = Dashboard.replay(runs)
 replay
 
 # %% [markdown]
+# On the H200, 128 requests a second are too many for SmolLM2 even with 256 seats: the queue does not empty again, but
+# its 8,191 blocks are never all taken, and nobody is preempted. The 8B shape gets 32 a second and keeps up, until
+# only 16 seats are left. When the seats come back, those who waited enter and all grow, the 3,071 blocks run out, and
+# two requests are **preempted**: they give their blocks back and are computed again later.
+#
+# The floor differs as well. A step of the 8B shape has 16 GB of weights to read, and the floor is more than half of
+# its time. One of SmolLM2 has 0.3 GB. Its steps without a prompt are one CUDA graph and take a millisecond for few
+# requests; a step with a prompt in it is launched kernel by kernel, and takes tens of them, whatever its floor is.
+
+# %%
+small, large = (
+    next(
+        run
+        for title, run in runs.items()
+        if title.startswith(start) and "H200" in title
+    )
+    for start in ("SmolLM2-135M", "shape of Qwen3-8B")
+)
+for run in (small, large):
+    last = run.frames[-1]
+    most = max(frame.num_live for frame in run.frames)
+    print(f"{run.header['model']}: {last.preemptions} preemptions,", end=" ")
+    print(f"{most:,} of {run.header['num_blocks'] - 1:,} blocks at most,", end=" ")
+    print(f"the floor is {last.floor_ms / last.costed_ms:.0%} of the time of steps")
+assert large.frames[-1].preemptions > 0 == small.frames[-1].preemptions
+
+# %% [markdown]
 # ## Exercises
 #
 # Red until you work. Each wrong answer gets the name of its slip and the next hint; `check.redraw("09.1")` draws

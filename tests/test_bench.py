@@ -16,7 +16,7 @@ from minivllm.bench import engine as bench
 from minivllm.bench import policies, reference_workloads
 from minivllm.bench.engine import Draw
 from minivllm.bench.reference_workloads import WORKLOADS, EngineChoice, Ledgers, measure, text
-from minivllm.bench.table import GPU_RESULTS, KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
+from minivllm.bench.table import GPU_OTHERS, GPU_RESULTS, GPU_TEXT, KERNEL_RESULTS, POLICY_RESULTS, RESULTS, write_into
 from minivllm.course.calculators import Accelerator
 from minivllm.default_model import fetch_default_model
 from minivllm.errors import ConfigError
@@ -36,6 +36,7 @@ DIGESTS = {
 Build = Callable[[str], tuple[Path, PreTrainedModel]]
 ROOFS = Accelerator("made up", 2**34, 1e12, {"float32": 1e13}, "this test")
 README = Path(__file__).parents[1] / "README.md"
+WATCHING = GPU_RESULTS.with_name("watching_h200.json")
 
 
 def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
@@ -45,16 +46,34 @@ def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
     assert rewritten.read_text() == README.read_text()
 
 
-@pytest.mark.parametrize("results", [RESULTS, POLICY_RESULTS, KERNEL_RESULTS, GPU_RESULTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "results",
+    [RESULTS, POLICY_RESULTS, KERNEL_RESULTS, GPU_RESULTS, *GPU_OTHERS, GPU_TEXT, WATCHING],
+    ids=lambda path: path.stem,
+)
 def test_result_file_names_machine_commit_seed_and_command(results: Path) -> None:
     facts = json.loads(results.read_text())["provenance"]
     assert all(str(facts[name]) for name in ("machine", "commit", "seed", "command", "torch", "transformers"))
     assert "dirty" not in facts["commit"]
 
 
+def test_readme_says_what_watching_cost() -> None:
+    runs = json.loads(WATCHING.read_text())["runs"]
+    assert [run["with the ledger"] for run in runs] == [False, True]
+    for run in runs:
+        slower = 100 * (min(run["watched, s"]) / min(run["alone, s"]) - 1)
+        assert run["slower by, %"] == pytest.approx(slower, abs=0.02)  # seconds were rounded
+        assert f"{slower:+.1f} %" in README.read_text()
+
+
 def test_unknown_part_gets_one_line() -> None:
     with pytest.raises(ConfigError, match="--parts: 'nonsense' is not one of decode, mixed, prefix, overhead"):
         bench.main(["--parts", "nonsense"])
+
+
+def test_no_workload_is_not_all_parts() -> None:
+    with pytest.raises(ConfigError, match="--workload: '' is not one of nano, single"):
+        bench.main(["--workload", ""])
 
 
 def test_every_part_runs_on_a_tiny_model(reference_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:

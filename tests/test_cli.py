@@ -13,6 +13,7 @@ import pytest
 from minivllm import __version__, cli, doctor
 from minivllm.errors import ModelError
 from minivllm.request import SamplingParams
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.views.step_ledger import save_ledgers
 
 # --- generate, with a model that answers in three pieces
@@ -26,6 +27,7 @@ class FakeLLM:
     template: str | None = "a template"
     pieces = ("Par", "Paris", "Paris \x1b[31mis\x07 é.")
     error: BaseException | None = None
+    num_drafted = 0
 
     def __init__(self, **options: object) -> None:
         FakeLLM.options, FakeLLM.calls = options, []
@@ -41,7 +43,8 @@ class FakeLLM:
 
     def _results(self, name: str, given: object, params: SamplingParams) -> Iterator[SimpleNamespace]:
         self.calls.append((name, given, params))
-        metrics = SimpleNamespace(arrival_time=1.0, first_token_time=1.5, finished_time=2.5)
+        times = {"arrival_time": 1.0, "first_token_time": 1.5, "finished_time": 2.5}
+        metrics = SimpleNamespace(**times, num_drafted=self.num_drafted, num_accepted_drafts=3)
         for count, text in enumerate(self.pieces, start=1):
             sample = SimpleNamespace(text=text, token_ids=[7] * count, finish_reason="stop")
             yield SimpleNamespace(outputs=[sample], prompt_token_ids=[1, 2], num_cached_tokens=1, metrics=metrics)
@@ -70,8 +73,11 @@ def test_generate_hands_its_options_on(fake_llm: type[FakeLLM]) -> None:
     asked = (
         "--model m --dtype float32 --load-format dummy --max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 5"
     )
-    assert cli.main(["generate", "x", *asked.split()]) == 0
-    assert fake_llm.options == {"model": "m", "dtype": "float32", "load_format": "dummy"}
+    assert cli.main(["generate", "x", *asked.split(), "--speculative-config", '{"method": "ngram"}']) == 0
+    drafted = (SpeculativeConfig("ngram"),)
+    assert fake_llm.options == {
+        "model": "m", "dtype": "float32", "load_format": "dummy", "speculative_config": drafted
+    }  # fmt: skip
     assert fake_llm.calls[0][2] == SamplingParams(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=5)
 
 
@@ -100,10 +106,15 @@ def test_dash_reads_the_prompt_from_stdin(fake_llm: type[FakeLLM], monkeypatch: 
     assert fake_llm.calls[0][1] == "two\nlines"
 
 
-def test_stats_go_to_stderr_in_one_line(fake_llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_go_to_stderr_in_one_line(
+    fake_llm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.main(["generate", "x", "--stats"])
     expected = "2 prompt tokens (1 cached), first token after 500 ms, 3 tokens, then 2.0 tokens/s; stop\n"
     assert capsys.readouterr().err == expected
+    monkeypatch.setattr(FakeLLM, "num_drafted", 4)
+    cli.main(["generate", "x", "--stats"])
+    assert capsys.readouterr().err == expected.replace("; stop", ", 3 of 4 drafts accepted; stop")
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(

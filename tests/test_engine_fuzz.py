@@ -22,10 +22,12 @@ from minivllm.engine.plan import Move
 from minivllm.engine.prefix_cache import HashChainCache, Hit, chain_hash
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.swap import SwapSpace
+from minivllm.engine.under_way import Computing
 from minivllm.engine_config import CHOICES, EngineConfig
-from minivllm.events import KINDS
 from minivllm.lab.random_life import fitting, live_at_random, live_once
 from minivllm.request import BlockTable, Request
+from minivllm.speculative_config import SpeculativeConfig
+from minivllm.trace import KINDS
 
 STEPS_PER_SEED = int(os.environ.get("MINIVLLM_FUZZ_STEPS", "40000"))
 SEEDS = [int(seed) for seed in os.environ.get("MINIVLLM_FUZZ_SEEDS", "0").split(",")]
@@ -38,11 +40,15 @@ MUST_SEE = (
     *(f"{name} {choice}" for name, choices in CHOICES.items() for choice in choices),
     *(f"{what} {state}" for what in ("abort", "fork") for state in STATES),
     *(f"Waited {reason}" for reason in ("no_seat", "no_budget", "no_blocks", "just_preempted", "batch_runs")),
+    "Waited prefix_under_way",
     *(f"Admitted {reason}" for reason in ("fits", "alone", "new_batch", "swapped_in")),
     *(f"Preempted {why}" for why in ("no_blocks", "itself", "held", "recompute", "swap")),
     *(f"evicted by {policy}" for policy in CHOICES["eviction_policy"]),
-    "a token too many", "abort in a step", "chunk", "chunk beside decode", "companion", "copy of a part",
-    "copy of a tail", "duplicate block", "end length", "end stop", "end stop token", "exchange with an idle one",
+    "a token too many", "abort in a step", "abort in a step with drafts", "chunk", "chunk beside decode", "companion",
+    "copy of a part",
+    "copy of a tail", "drafts all stood", "drafts beside a prompt", "drafts by early_exit", "drafts by ngram",
+    "drafts in a window", "drafts none stood", "drafts some stood", "duplicate block", "end inside drafts",
+    "end length", "end stop", "end stop token", "exchange with an idle one",
     "failed step",
     "fork outside a window", "fork without a seat", "hit after preemption", "hit beside a window", "host full",
     "lingering", "lingering cleared under pressure", "others unharmed", "overtaken", "part given up", "partial hit",
@@ -58,10 +64,34 @@ def test_random_lives_keep_every_invariant(seed: int) -> None:
     assert [what for what in MUST_SEE if not seen[what]] == []
 
 
+DRAFTERS = {
+    "fixed": (SpeculativeConfig("ngram"),),
+    "adaptive": (SpeculativeConfig("ngram", 7, adaptive=True, max_step_tokens=40),),
+    "by request": (SpeculativeConfig("ngram", 2), SpeculativeConfig("early_exit", 5, adaptive=True)),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_lives_with_drafts_keep_every_invariant(name: str) -> None:
+    seen = live_at_random(Random(4), STEPS_PER_SEED // 5, allocator="paged", speculative=DRAFTERS[name])
+    assert seen["drafts all stood"] > 100 < seen["drafts none stood"] and seen["drafts some stood"] > 30
+    met = ("BlocksTrimmed", "BlockCached", "PrefixHit", "Preempted recompute", "Preempted swap", "SwappedIn", "chunk")
+    more = (
+        "Forked",
+        "samples",
+        "prefix_cache radix",
+        "end inside drafts",
+        "abort in a step with drafts",
+        "failed step",
+    )
+    assert [what for what in (*met, *more) if not seen[what]] == []
+    assert all(seen[f"drafts by {each.method}"] for each in DRAFTERS[name])
+
+
 SIZES = {"num_blocks": 25, "max_model_len": 20, "max_num_seqs": 4, "max_num_batched_tokens": 8, "num_host_blocks": 9}
 PAIRED: dict[str, tuple[object, ...]] = {
     **CHOICES, "enable_prefix_caching": (True, False), "group_windows": ((None,), (3,), (None, 3)),
-    "block_size": (1, 5),
+    "block_size": (1, 5), "speculative": ((), DRAFTERS["fixed"], DRAFTERS["adaptive"]),
 }  # fmt: skip
 
 
@@ -93,7 +123,8 @@ def test_every_two_policies_live_together() -> None:
         for value, other in product(PAIRED[first], PAIRED[second])
     }
     rivals = CHOICES["allocator"][1:]  # each request has blocks of its own: nothing to cache
-    shared = (("enable_prefix_caching", True), ("group_windows", (None, 3)))
+    drafted = [("speculative", DRAFTERS[name]) for name in ("fixed", "adaptive")]
+    shared = (("enable_prefix_caching", True), ("group_windows", (None, 3)), *drafted)
     assert all_pairs - covered == {frozenset([("allocator", rival), what]) for rival in rivals for what in shared}
     for config in configs:
         live_once(config, random, seen)
@@ -143,7 +174,7 @@ def compare_tokens_only(block: Block, parent: int | str, token_ids: list[int]) -
     return block.entry is not None and block.entry.token_ids == tuple(token_ids)
 
 
-def admit_beyond_seats(self: Scheduler, request: Request, budget: int) -> tuple[int, str]:
+def admit_beyond_seats(self: Scheduler, request: Request, budget: int, others: Computing) -> tuple[int, str]:
     return self._admit_after(request, self.kv.match(request), budget)
 
 
@@ -172,12 +203,16 @@ def fork_without_sharing(kv: KVManager, parent: Request, child: Request) -> bool
     return True
 
 
-def leave_it_to_the_leader(self: Scheduler, fork: Request) -> None:
+def leave_it_to_the_leader(self: Scheduler, fork: Request, reason: str, stop_reason: int | str | None = None) -> None:
     """Forget to take an aborted sample away from its leader."""
+    forks_of = {leader: list(leader.pending_forks) for leader in (*self.running, *self.waiting)}
+    finish(self, fork, reason, stop_reason)
+    for leader, forks in forks_of.items():
+        leader.pending_forks = forks if fork in forks else leader.pending_forks
 
 
-match, preempt, copy_tail, swap_in = (
-    HashChainCache.match, Scheduler._preempt, KVManager._copy_tail, SwapSpace.swap_in,
+match, preempt, copy_tail, swap_in, finish = (
+    HashChainCache.match, Scheduler._preempt, KVManager._copy_tail, SwapSpace.swap_in, Scheduler.finish,
 )  # fmt: skip
 Patches = list[tuple[object, str, Callable[..., object]]]
 FAULTS: dict[str, Patches] = {
@@ -200,7 +235,7 @@ FAULTS: dict[str, Patches] = {
     "a full block is copied as well": [(KVManager, "_copy_tail", copy_and_keep)],
     "blocks come back from the host in another order": [(SwapSpace, "swap_in", swap_in_reversed)],
     "a fork does not count as an owner": [(KVManager, "fork", fork_without_sharing)],
-    "an aborted sample stays with its leader": [(Scheduler, "_leave_leader", leave_it_to_the_leader)],
+    "an aborted sample stays with its leader": [(Scheduler, "finish", leave_it_to_the_leader)],
 }
 
 

@@ -282,6 +282,17 @@ def test_saved_by_the_button_it_is_the_run_and_where_it_came_from(
     assert json.loads((tmp_path / "engine_room.json").read_text())["minivllm_engine_run"] == 1
 
 
+def test_a_folder_that_cannot_be_written_does_not_stop_a_room_that_plays(
+    room: EngineRoom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_room, "SAVED_AS", tmp_path / "nowhere" / "run.json")
+    room.run(3)
+    room._obey(("start", 0.0))
+    room._obey(("save", 0.0))
+    assert room.is_playing and not room.failure and "nowhere" in room.said
+    room.stop()
+
+
 def test_guests_come_at_the_rate_with_the_lengths_that_were_set() -> None:
     guests = Guests(range(100), Load(rate=4, prompt_tokens=20, output_tokens=8, shared_tokens=10), seed=0)
     come = guests.due(500.0)
@@ -378,3 +389,21 @@ def test_a_closed_room_takes_no_step(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="is closed: make another"):
         room.run(1)
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("step_s", [-1, 0, "1", True, float("nan"), float("inf")])
+def test_a_step_that_counts_no_time_is_refused(llm: LLM, room: EngineRoom, step_s: float) -> None:
+    for attempt in (lambda: room.count_steps(step_s), lambda: EngineRoom(llm, step_s=step_s)):
+        with pytest.raises(ConfigError, match="a number above 0, or None for those of the clock, not "):
+            attempt()
+    before_s, after_s = (room.run(1)[-1].time_s for _ in range(2))
+    assert after_s - before_s == pytest.approx(0.05)  # it counts as before
+
+
+def test_what_is_no_load_is_refused(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match=r"is a Load, such as Load\(rate=4\), not \{\}"):
+        EngineRoom(llm, {})  # type: ignore[arg-type]
+    for rate in ("2", None, True, float("nan")):
+        with pytest.raises(MiniVLLMError, match="Load: rate must be a number, not "):
+            Load(rate=rate)  # type: ignore[arg-type]
+    assert not llm.events

@@ -7,9 +7,10 @@ from random import Random
 import pytest
 
 from minivllm.errors import MiniVLLMError
-from minivllm.events import KINDS, Admitted, Event, EventBus, Evicted, Preempted, Refused, StepCosted, StepRan
+from minivllm.events import Admitted, Event, EventBus, Evicted, Preempted, Refused, StepCosted, StepRan
 from minivllm.lab.fake_runner import fake_engine, fake_request
-from minivllm.trace import Trace
+from minivllm.speculative_config import SpeculativeConfig
+from minivllm.trace import KINDS, Trace
 
 
 def record(**options: object) -> Trace:
@@ -37,6 +38,7 @@ def record_policies() -> Trace:
         {"preemption_mode": "swap", "num_host_blocks": 8, "num_blocks": 5, "max_model_len": 16},
         {"allocator": "contiguous", "enable_prefix_caching": False},
         {"group_windows": (3,), "enable_prefix_caching": False},
+        {"speculative": (SpeculativeConfig("ngram"),), "block_size": 2, "num_blocks": 40},
     ):
         engine, _ = fake_engine(**options)
         engine.events.listen(trace)

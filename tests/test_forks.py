@@ -332,7 +332,7 @@ def test_n_samples_are_n_requests_with_the_seeds_that_follow(reference_model: Bu
         outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [tokens(output) for output in outputs] == expected
     assert len(trace.of(Forked)) == 12 and bool(trace.of(Preempted)) == ("tiny" in name)
-    assert bool(trace.of(BlockCopied)) == (name != "contiguous")
+    assert bool(trace.of(BlockCopied)) == (name not in ("contiguous", "two seats"))  # no seat is left for a sample
     check_drained(llm.engine)
 
 

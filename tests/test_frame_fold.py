@@ -1,5 +1,7 @@
 """Frames against the engine itself: blocks, counts, times; and their file."""
 
+import json
+import re
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -315,3 +317,28 @@ def test_who_wanted_hashes_and_left_wants_none_any_more() -> None:
     stop()
     stop()
     assert not stage.engine.events.hash_readers and stage.engine.events  # the fold listens on
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "words"),
+    [
+        ("frames", 0, None, "a frame in which time_s is None"),
+        ("frames", 2, True, "a frame in which num_running is True"),
+        ("frames", 1, float("nan"), "a frame in which step is nan"),
+        ("frames", -1, 9, "a frame under load 9 of"),
+        ("frames", -1, -1, "a frame under load -1 of"),
+        ("frames", -1, None, "a frame under load None of"),
+        ("decisions", 0, [1, "r0", "began", 7], "a decision that is not a step and three words"),
+        ("loads", 0, "2", "Load: rate must be a number, not '2'"),
+    ],
+)
+def test_a_damaged_file_says_what_is_wrong_with_it(
+    tmp_path: Path, part: str, place: int, value: object, words: str
+) -> None:
+    path = run_of_a_stage().save(tmp_path / "run.json")
+    document = json.loads(path.read_text())
+    next(row for row in document[part] if row)[place] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(MiniVLLMError, match=re.escape(f"run.json: not a run of the engine room ({words}")) as caught:
+        EngineRun.load(path)
+    assert "\n" not in str(caught.value)

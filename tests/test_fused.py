@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from minivllm import LLM, RequestOutput, SamplingParams
 from minivllm.engine.plan import StepPlan
 from minivllm.request import BlockTable, Request
 from minivllm.runner import model_runner
-from minivllm.runner.decode_graphs import DecodeSteps, batch_sizes
+from minivllm.runner.decode_graphs import Graph, batch_sizes
+from minivllm.runner.fused_steps import FusedSteps
+from minivllm.runner.mixed_graphs import MixedSteps, mixed_shapes
 from minivllm.runner.model_runner import fused_where_it_fits
+from minivllm.runner.step_buffers import StepBuffers, StepLimits, StepShape
 from tests.conftest import SHAPE
 from tests.fused_twins import use_twins
 from tests.kernel_cases import HAS_GPU
@@ -33,11 +37,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 class Uncaptured:
     """A graph that is not captured: replay runs what would have been recorded."""
 
-    def __init__(self, steps: DecodeSteps, size: int) -> None:
-        self.steps, self.size = steps, size
-
-    def replay(self) -> None:
-        self.steps.compute(self.size)
+    def __init__(self, compute: Callable[[], None]) -> None:
+        self.replay = compute
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +79,15 @@ def engine(folder: Path, *, has_graphs: bool = False, **options: Any) -> LLM:
     chosen: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": 2**22, "max_num_seqs": 5}
     llm = LLM(str(folder), device=DEVICE, show_progress=False, enforce_eager=not has_graphs, **chosen | options)
     if has_graphs and llm.runner.fused and not HAS_GPU:
-        for steps in filter(None, (llm.runner.fused.decode, llm.runner.fused.shared_decode)):
-            steps.graphs = {size: Uncaptured(steps, size) for size in steps.sizes}
+        for steps in llm.runner.fused.captured:
+            shapes = steps.shapes if isinstance(steps, MixedSteps) else steps.sizes
+            steps.graphs = {shape: Uncaptured(partial(steps.compute, shape)) for shape in shapes}  # type: ignore
     return llm
+
+
+def steps_of(llm: LLM) -> FusedSteps:
+    assert llm.runner.fused is not None
+    return llm.runner.fused
 
 
 def plain(folder: Path, **options: Any) -> LLM:
@@ -126,6 +133,42 @@ def test_greedy_tokens_are_those_of_the_plain_way(
 
     expected = answer(plain(folders(family), max_num_batched_tokens=budget))
     assert answer(engine(folders(family), max_num_batched_tokens=budget, has_graphs=True)) == expected
+
+
+def test_shapes_of_steps_with_chunks_hold_them_with_little_padding() -> None:
+    limits = StepLimits(256, 8192, 4096, 16)
+    shapes = mixed_shapes(limits)
+    assert len(shapes) == 21 and {shape.chunks for shape in shapes} == {64}
+    assert {shape.singles for shape in shapes} == {32, 128, 256} and shapes[-1] == StepShape(64, 2048, 256)
+    assert mixed_shapes(StepLimits(3, 65, 50, 16)) == [StepShape(4, 64, 3), StepShape(4, 65, 3)]
+
+
+def test_a_step_gets_the_least_shape_that_holds_it_and_its_own_where_none_does(
+    folders: Callable[[str], Path], fused: None
+) -> None:
+    model = steps_of(engine(folders("llama"))).model
+    buffers = StepBuffers(StepLimits(100, 9000, 64, 16), DEVICE, torch.zeros(100, dtype=torch.int32))
+    mixed = MixedSteps(model, buffers)
+    for own, padded in (
+        ((3, 65, 5), (64, 256, 32)), ((1, 16, 0), (64, 64, 32)), ((64, 2048, 33), (64, 2048, 100)),
+        ((65, 130, 0), (65, 130, 0)), ((1, 2049, 3), (1, 2049, 3)), ((0, 0, 9), (0, 0, 9)),
+    ):  # fmt: skip
+        assert mixed.padded(StepShape(*own)) == padded
+
+
+def test_kernels_see_no_padding_of_a_step_with_chunks(folders: Callable[[str], Path], interpreted: None) -> None:
+    options: dict[str, Any] = {"max_num_batched_tokens": 24, "enable_prefix_caching": False}
+    llm, twin = engine(folders("llama"), has_graphs=True, **options), plain(folders("llama"), **options)
+    mixed, replayed = steps_of(llm).mixed, list[StepShape]()
+
+    def replay(shape: StepShape, graph: Graph) -> None:
+        replayed.append(shape)
+        graph.replay()
+
+    mixed.graphs = {shape: Uncaptured(partial(replay, shape, graph)) for shape, graph in mixed.graphs.items()}
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    found, wanted = (tokens(each.generate(PROMPTS[:3], params, use_tqdm=False)) for each in (llm, twin))
+    assert found == wanted and set(replayed) <= set(mixed.shapes) and len(replayed) > 2
 
 
 WISHES = [

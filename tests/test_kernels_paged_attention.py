@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from minivllm_kernels.attention_configs import AttentionConfig
-from minivllm_kernels.paged_attention import paged_attention
+from minivllm_kernels.paged_attention import UNSEEN, paged_attention
 from minivllm_kernels.reference import paged_attention_twin
 
 from tests.kernel_cases import DEVICE, DTYPES, HAS_GPU, TOLERANCE, PagedCase, paged_case, relative_error
@@ -147,3 +149,16 @@ def test_nonsense_is_refused_in_one_line(options: dict[str, Any], message: str) 
     case = paged_case([3], [3])
     with pytest.raises(ValueError, match=message):
         attend(case, **options)
+
+
+@pytest.mark.parametrize("head_size", [16, 32, 64, 80, 96, 128, 256])
+def test_score_of_an_unseen_key_times_any_factor_is_exact(head_size: int) -> None:
+    """A GPU fuses score * factor - peak: what the product loses by rounding is the exponent, and 2 ** 1e21 is inf."""
+
+    def lost(score: float) -> Fraction:
+        product = np.float32(score) * factor
+        return Fraction(float(np.float32(score))) * Fraction(float(factor)) - Fraction(float(product))
+
+    factor = np.float32(head_size**-0.5 * math.log2(math.e))
+    assert lost(UNSEEN.value) == 0
+    assert abs(lost(-1e30)) > 1e20  # which once made NaN of windows with heads of 64

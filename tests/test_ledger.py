@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -95,10 +95,16 @@ def counted(llm: LLM) -> Iterator[list[Counted]]:
         def run(self, plan: StepPlan) -> StepResult:
             shape = [(new, request.num_computed + new) for request, new in plan.scheduled]
             logits = list[torch.Tensor]()
-            hook = llm.runner.model.register_forward_hook(lambda module, args, out: logits.append(out))
+            model, made = llm.runner.model, llm.runner.model.logits
+
+            def watched(hidden: torch.Tensor) -> torch.Tensor:
+                logits.append(made(hidden))
+                return logits[-1]
+
+            model.logits = watched  # type: ignore[method-assign]
             with flop_counter() as counter, Touched(llm) as touched:
                 result = runner.run(plan)
-            hook.remove()
+            del model.logits
             flops = {str(name): n for name, n in counter.get_flop_counts().get("Global", {}).items()}
             attention = sum(n for name, n in flops.items() if "attention" in name or "bmm" in name)
             steps.append(
@@ -445,3 +451,25 @@ def test_without_a_machine_its_rates_are_measured_once_in_a_process(
             machines.append(ledger.machine)
     ledger_module._roofs.cache_clear()
     assert asked == ["cpu"] and machines == [MACHINE, MACHINE]
+
+
+def test_a_ledger_that_is_kept_is_not_kept_twice(small: Callable[..., LLM]) -> None:
+    llm = small("llama-gqa")
+    with keep_ledger(llm, MACHINE), pytest.raises(ConfigError, match="a ledger of this LLM is kept already"):
+        keep_ledger(llm, MACHINE).__enter__()
+    with keep_ledger(llm, MACHINE):
+        pass
+
+
+def test_what_is_no_llm_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the ledger follows an LLM: keep_ledger\(LLM\(...\)\), not NoneType"):
+        keep_ledger(None).__enter__()  # type: ignore[arg-type]
+
+
+def test_a_prompt_of_one_token_is_a_prompt() -> None:
+    step = StepRan(1, (("a", 1, 1), ("b", 9, 9)), (), 2, 0, 0, 0.5, 4.0, 0.25, "")
+    cost = StepCosted(1, 1, 1, 1, 1, 0.5, 1.0)
+    assert row_of(step, cost).kind == "prefill"
+    assert row_of(replace(step, scheduled=(("a", 1, 1),)), cost).kind == "prefill"
+    assert row_of(replace(step, scheduled=(("a", 1, 2), ("b", 9, 9))), cost).kind == "mixed"
+    assert row_of(replace(step, scheduled=(("a", 1, 2),)), cost).kind == "decode"

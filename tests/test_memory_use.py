@@ -22,6 +22,7 @@ from minivllm.errors import MiniVLLMError, RequestError
 from minivllm.events import BlocksReserved
 from minivllm.lab.fake_runner import FakeRunner, fake_engine, fake_request
 from minivllm.request import Request
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.trace import Trace
 
 KV_BYTES = 512
@@ -81,6 +82,11 @@ class Witness:
             rows.append({**row, "rounded": num_rounded, "cached": num_cached * size, "free": free})
         return rows
 
+    def _num_stored(self, request: Request, num_new: int) -> int:
+        """With the drafts that stand, which the runner knows."""
+        _, written = self.runner._written.get(request, (0, 0))
+        return max(request.num_computed + num_new, written if num_new else 0)
+
     def _hear(self, event: object) -> None:
         if isinstance(event, BlocksReserved) and isinstance(self.engine.kv.allocator, ContiguousAllocator):
             request = self.engine.requests[event.request_id]
@@ -97,7 +103,7 @@ class Witness:
             slot_of(position, table.block_ids, size)
             for request in running
             for table in request.tables
-            for position in range(request.num_computed + num_new.get(request, 0))
+            for position in range(self._num_stored(request, num_new.get(request, 0)))
             if table.block_ids[position // size] != NULL_BLOCK
         }
         live |= {id_ * size + i for id_ in held if kv.pool.blocks[id_].entry is not None for i in range(size)}
@@ -125,6 +131,8 @@ def random_options(random: Random) -> dict[str, object]:
         "scheduling_policy": random.choice(CHOICES["scheduling_policy"]), "watermark": random.choice((0.0, 0.1)),
         "eos_token_ids": random.choice(((), (0,))),
     }  # fmt: skip
+    if allocator == "paged" and random.random() < 0.3:
+        options |= {"speculative": (SpeculativeConfig("ngram"),), "eos_token_ids": ()}
     if random.random() < 0.5:
         options |= {"preemption_mode": "swap", "num_host_blocks": random.choice((4, 40))}
     if random.random() < 0.3:

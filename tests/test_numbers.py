@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 
 from minivllm.course import calculators as c
 from minivllm.course.calculators import Accelerator, Worked, kv_bytes_per_token
+from minivllm.course.speculation import Verification
 
 GIB = 2**30
 SHAREGPT, ALPACA = (161.31, 337.99), (19.31, 58.45)  # mean tokens in and out: Kwon et al., figure 11
@@ -220,6 +221,22 @@ def test_n55_kv_reads_pass_weight_reads() -> None:
     assert c.tokens_where_kv_passes_weights(16.06e9, kv_bytes_per_token("llama-3-8b")) == 122_528
 
 
+@pytest.mark.parametrize(
+    "alpha, gamma, operations, speed",
+    [(0.6, 2, 1.53, 1.96), (0.7, 3, 1.58, 2.53), (0.8, 2, 1.23, 2.44), (0.8, 5, 1.63, 3.69), (0.9, 2, 1.11, 2.71),
+     (0.9, 10, 1.60, 6.86)],
+)  # fmt: skip
+def test_n56_speed_and_operations_of_a_free_drafter(alpha: float, gamma: int, operations: float, speed: float) -> None:
+    assert digits(c.operations_factor(alpha, gamma), 2) == operations
+    assert digits(c.speedup(alpha, gamma), 2) == digits(c.expected_tokens(alpha, gamma), 2) == speed
+
+
+@pytest.mark.parametrize("alpha, cost, expected", [(0.75, 0.02, 3.2), (0.80, 0.04, 3.3), (0.82, 0.11, 2.5)])
+def test_n57_expected_speed_of_three_t5_drafters(alpha: float, cost: float, expected: float) -> None:
+    """Small, base, large, seven drafts, translation at temperature 0; measured were 3.4, 2.8 and 1.7."""
+    assert abs(float(c.speedup(alpha, 7, cost)) - expected) <= 0.0501  # c is printed with two digits
+
+
 def test_n58_a_bigram_drafter() -> None:
     assert digits(c.speedup(0.2, 3), 3) == 1.248
     assert c.speedup_bound(0.2) == 1.25
@@ -256,6 +273,20 @@ def test_n61_a_hundred_thousand_samples_follow_the_target() -> None:
 
 def test_n62_chinchilla_on_humaneval() -> None:
     assert digits(c.ratio(14.1, 5.73), 2) == 2.46
+
+
+def test_n63_the_gain_turns_into_a_loss_under_load() -> None:
+    """A draft model: 1.5 times as fast at low load, 1.4 times slower at high load; here floors of a 70B on H100."""
+    gains = [Verification("llama-3-70b", "h100", batch, 4, 256).speedup(0.7, 0.1) for batch in (1, 512)]
+    assert gains[0] > 1.5 and gains[1] < 1 / 1.4
+
+
+def test_n64_verification_fills_the_ridge() -> None:
+    """B (k + 1) against the ridge: free up to a batch of 59 with 4 drafts on an H100, 41 on an H200."""
+    for chip, batch in (("h100", 59), ("h200", 41)):
+        limit = c.critical_batch(chip)
+        assert c.break_even_batch(4, limit) == batch
+        assert float(c.verified_tokens(batch, 4, limit)) <= 1 < float(c.verified_tokens(batch + 1, 4, limit))
 
 
 def test_n66_static_against_continuous() -> None:

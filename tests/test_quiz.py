@@ -284,7 +284,7 @@ def test_progress_travels_by_export_and_import_and_can_be_deleted(
     for arguments in (["--export", copy], ["--delete"], ["--import", copy], ["--stats"]):
         assert cli.main(["quiz", *arguments]) == 0
     text = capsys.readouterr().out
-    assert "1 review of 1 of 147 cards." in text and "1 review imported" in text
+    assert "1 review of 1 of 170 cards." in text and "1 review imported" in text
     assert len(store.load().reviews) == 1
 
 

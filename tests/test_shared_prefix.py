@@ -1,6 +1,7 @@
 """Rows that begin with the same blocks: found as by brute force, and read once without changing a token."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -218,11 +219,12 @@ def test_samples_of_one_prompt_are_a_group_and_stay_the_same(
 def test_requests_that_hold_copies_of_a_prefix_join_its_group(
     folders: Callable[[str], Path], fused: None, eager_to_share: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three prompts fit the first step, where nothing of them can be found yet; the others find the first one's."""
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    """Three prompts compute all of their own, for their owners want logprobs; the others find the first one's."""
+    plain_wish = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    wishes = [plain_wish, *[replace(plain_wish, prompt_logprobs=0)] * 2, plain_wish, plain_wish]
 
     def run(llm: LLM) -> list[list[list[int]]]:
-        return tokens(llm.generate([*PROMPTS[:4], list(range(30))], params, use_tqdm=False))
+        return tokens(llm.generate([*PROMPTS[:4], list(range(30))], wishes, use_tqdm=False))
 
     sizes = list[tuple[int, int]]()
 
@@ -286,7 +288,7 @@ def compare_ways(llm: LLM) -> list[float]:
         error = (fused.logits[:num_requests].double() - expected).norm() / expected.norm()
         apart.append(float(error.nan_to_num(torch.inf)))
 
-    fused.shared_decode.run = run_both  # type: ignore[method-assign]
+    fused.shared_decode.run = run_both  # type: ignore[method-assign, assignment]
     return apart
 
 

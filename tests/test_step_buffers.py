@@ -1,6 +1,7 @@
 """Step buffers hold what build_batches makes of the same plan, step after step, whoever comes, goes and grows."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -15,7 +16,8 @@ from minivllm.request import BlockTable, Request, SamplingParams
 from minivllm.runner.batch import build_batches
 from minivllm.runner.batch_rows import BatchRows, signed
 from minivllm.runner.decode_graphs import batch_sizes
-from minivllm.runner.step_buffers import StepBuffers, StepLimits, aligned
+from minivllm.runner.host_words import aligned
+from minivllm.runner.step_buffers import LoadedStep, StepBuffers, StepLimits, StepShape
 
 SIZES = st.integers(0, 2**32).map(Random)
 
@@ -82,7 +84,9 @@ def test_buffers_equal_the_tensors_of_the_plain_way_once_promised_tokens_are_in(
         is_single = all(num_new == 1 for _, num_new in plan.scheduled)
         padded = next(s for s in batch_sizes(limits.max_num_seqs) if s >= len(chosen)) if is_single else None
         requests = buffers.rows.seat(plan.scheduled)
-        step = buffers.load(plan) if padded is None else buffers.load_singles(requests, padded)
+        room = StepShape(*(random.choice((0, 0, random.randint(1, 20))) for _ in StepShape._fields))
+        shape_of = partial(widened, room) if random.random() < 0.7 else None
+        step = buffers.load(plan, None, shape_of) if padded is None else buffers.load_singles(requests, padded)
         num_new_of = dict(plan.scheduled)
         assert set(step.requests) == set(chosen) and len(step.requests) == len(chosen)
         assert step.num_new == [num_new_of[request] for request in step.requests]
@@ -95,13 +99,18 @@ def test_buffers_equal_the_tensors_of_the_plain_way_once_promised_tokens_are_in(
             request.num_promised = 0
         in_order = [(step.requests[row], step.num_new[row]) for row in order]
         [expected] = build_batches(StepPlan(number, in_order, [], []), limits.block_size, "cpu")
-        found = buffers.ragged(step) if padded is None else without_padding(buffers.singles(padded), len(chosen))
+        if padded is None:
+            found = without_room(buffers.ragged(step.shape, 40), step)
+        else:
+            found = without_padding(buffers.singles(padded), len(chosen))
         assert_same(found, expected)
         assert buffers.num_tokens.tolist()[: len(chosen)] == step.ends
         if padded is None:
             last = [buffers.last_tokens(step).tolist()[row] for row in order]
-            assert last == [start - 1 for start in expected.query_starts.tolist()[1:]]
-            assert [step.starts[row] for row in order] == expected.query_starts.tolist()[:-1]
+            moved = [own_places(step).index(place) for place in last]  # as if there were no padding
+            assert moved == [start - 1 for start in expected.query_starts.tolist()[1:]]
+            starts = [own_places(step).index(step.starts[row]) for row in order]
+            assert starts == expected.query_starts.tolist()[:-1]
         assert buffers.temperatures.tolist()[: len(chosen)] == [r.params.temperature for r in step.requests]
         assert buffers.seeds.tolist()[: len(chosen)] == [signed(r.seed) for r in step.requests]
         for request, new in plan.scheduled:
@@ -118,6 +127,36 @@ def without_padding(batch: KernelBatch, num_requests: int) -> KernelBatch:
     parts = {name: getattr(batch, name)[:num_requests] for name in ("token_ids", "positions", "slots")}
     table, num_tokens = batch.singles.block_table, batch.singles.num_tokens
     return replace(batch, **parts, singles=Keys(table[:num_requests], num_tokens[:num_requests]))
+
+
+def widened(room: StepShape, own: StepShape) -> StepShape:
+    """A shape with padding behind the chunks, behind their tokens and behind the single ones."""
+    return StepShape(*(size + more for size, more in zip(own, room, strict=True)))
+
+
+def own_places(step: LoadedStep) -> list[int]:
+    """Where the tokens of a padded step lie that are no padding."""
+    chunk_tokens = sum(count for count in step.num_new if count > 1)
+    first, num_singles = step.shape.chunk_tokens, step.num_new.count(1)
+    return [*range(chunk_tokens), *range(first, first + num_singles)]
+
+
+def without_room(batch: KernelBatch, step: LoadedStep) -> KernelBatch:
+    """The batch itself; what pads it has no token, position, slot, query or key."""
+    places, num_singles = own_places(step), step.num_new.count(1)
+    num_chunks = len(step.num_new) - num_singles
+    padding = [place for place in range(len(batch.token_ids)) if place not in places]
+    assert [batch.token_ids[place].item() for place in padding] == [0] * len(padding)
+    assert {batch.positions[place].item() for place in padding} | {batch.slots[p].item() for p in padding} <= {-1}
+    parts = {name: getattr(batch, name)[places] for name in ("token_ids", "positions", "slots")}
+    assert not batch.singles.num_tokens[num_singles:].any()
+    singles = Keys(batch.singles.block_table[:num_singles], batch.singles.num_tokens[:num_singles])
+    assert set(batch.query_starts[num_chunks:].tolist()) == {len(places) - num_singles}
+    chunks = batch.chunks
+    if chunks is not None:
+        assert not chunks.num_tokens[num_chunks:].any()
+        chunks = Keys(chunks.block_table[:num_chunks], chunks.num_tokens[:num_chunks]) if num_chunks else None
+    return replace(batch, **parts, singles=singles, chunks=chunks, query_starts=batch.query_starts[: num_chunks + 1])
 
 
 def test_more_changes_than_fit_go_as_a_whole_table() -> None:

@@ -30,6 +30,7 @@ from minivllm.lab.player import play
 from minivllm.lab.time_travel import TimeMachine, study
 from minivllm.request import Request
 from minivllm.runner.model_runner import ModelRunner
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.trace import Trace
 from minivllm.workloads import agents, fixed
 
@@ -54,6 +55,12 @@ LIVES: dict[str, dict[str, Any]] = {
     "prefill first": {"batching": "prefill_first", "watermark": 0.1},
     "buddy": {"allocator": "buddy", "enable_prefix_caching": False, "num_blocks": 20},
     "one token a block": {"block_size": 1, "num_blocks": 41},
+    "drafts": {"speculative": (SpeculativeConfig("ngram"),), "preemption_mode": "swap", "num_host_blocks": 9},
+    "drafts of adaptive length": {
+        "speculative": (SpeculativeConfig("ngram", 7, adaptive=True, max_step_tokens=99),),
+        "prefix_cache": "radix",
+        "max_model_len": 28,
+    },
 }
 
 
@@ -218,7 +225,7 @@ def test_random_lives_had_everything_in_them() -> None:
     wanted = (
         "abort", "stop", "fork", "steered fork", "pin", "reset", "failed step", "abort in a step",
         "Preempted", "Evicted", "BlockCopied", "BlockExchanged", "SwappedIn", "BlocksDropped", "PrefixHit",
-        "BlocksReserved",
+        "BlocksReserved", "BlocksTrimmed", "DraftJudged",
     )  # fmt: skip
     assert [what for what in wanted if not seen[what]] == []
 
@@ -556,6 +563,25 @@ def test_model_computes_the_same_bits_again(reference_model: Build, pressure: st
             engine.step()
             assert engine.last_result == results[now + 1]  # tokens, and six logprobs of each to the last bit
         assert now == machine.last_step
+
+
+def test_a_run_with_drafts_comes_back_with_the_same_drafts(reference_model: Build) -> None:
+    folder, _ = reference_model("llama-gqa")
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "adaptive": True, "num_speculative_tokens": 5}
+    llm = real_engine(folder, num_blocks=60, speculative_config=lookup)
+    machine = TimeMachine(llm, every=7)
+    greedy = SamplingParams(temperature=0, max_tokens=34, ignore_eos=True)
+    llm.generate([[1, 2, 3, 1, 2, 3, 1, 2], [5, 5, 5, 5], [9]], greedy, use_tqdm=False)
+    stats = llm.engine.speculation
+    assert 0 < stats.num_accepted < stats.num_drafted
+    for step in range(0, machine.last_step, 3):
+        assert machine.first_departure(machine.resume(step)) is None
+    machine.close()
+    paged = real_engine(folder, num_blocks=60, speculative_config={"method": "early_exit", "num_layers": 1})
+    machine = TimeMachine(paged)
+    paged.generate([[1, 2]], SamplingParams(max_tokens=3), use_tqdm=False)
+    with pytest.raises(ConfigError, match="keeps the target's blocks, not those of early_exit: record with"):
+        machine.restore(1)
 
 
 def test_trace_of_an_llm_has_its_provenance_and_tells_of_its_memory(reference_model: Build, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_numbers_are_those_of_the_last_second() -> None:
         "tokens per second": "out 100 computed 400", "first token after": "half within 80 95% within 200",
         "between two tokens": "half within 30 95% within -", "a step": "took 30 floor -",
         "requests  ": "running 2 waiting 3 preempted 1", "blocks": "live 20 cached 5 free 15",
-        "prompt tokens found": "hit rate 20", "requests per second": "arrived 20 finished 10",
+        "prompt tokens found": "hit rate 20", "requests per second": "arrived 20 finished 10 turned away 0",
     }  # fmt: skip
     for title, numbers in wanted.items():
         assert line_of(picture["text"], title).split()[-len(numbers.split()) :] == numbers.split()
@@ -238,7 +238,10 @@ def test_a_live_view_says_so_shows_the_present_and_what_came_of_it() -> None:
     picture = view.drawn()
     assert picture["title"].startswith("Live, hand-made, second 10.0") and picture["provenance"].startswith("live")
     assert picture["steps"] is None and picture["lines"][-1] == "saved"
-    assert picture["status"] == "the device fell off the bus"
+    assert picture["status"] == "the device fell off the bus" and picture["text"].endswith(picture["status"])
+    with_failure = view.image().height
+    room.failure = ""
+    assert view.image().height == with_failure - 30  # a line of words less, two pixels each
     pressed = {c.name: c.is_down for c in picture["controls"] if isinstance(c, Press)}
     assert pressed == {"start": True, "pause": False, "one step": False, "reset": False, "save": False}
     with pytest.raises(MiniVLLMError, match="a live view shows the present"):
@@ -299,3 +302,9 @@ def test_the_png_twin_renders_at_any_length(num: int) -> None:
 )
 def test_amounts_have_three_digits_that_matter(value: float | None, words: str) -> None:
     assert amount(value) == words
+
+
+@pytest.mark.parametrize("room", [None, {}, "room"])
+def test_what_is_no_engine_room_is_refused(room: object) -> None:
+    with pytest.raises(MiniVLLMError, match=r"Dashboard\.follow watches an EngineRoom\(llm\), not "):
+        Dashboard.follow(room)  # type: ignore[arg-type]

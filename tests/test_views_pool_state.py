@@ -7,6 +7,7 @@ import pytest
 from minivllm.errors import MiniVLLMError
 from minivllm.events import Added, BlocksReleased, BlocksTaken, Event, Finished, PrefixHit
 from minivllm.lab.fake_runner import fake_engine, fake_request
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.views.pool_fold import NUM_GONE, PoolFold, pool_state
 from minivllm.views.pool_state import PoolState
 from minivllm.views.theme import OWNER_COLOURS, contrast, escape, ink_on, owner_colour, owner_letter, visible
@@ -112,6 +113,9 @@ POLICIES: list[dict[str, object]] = [
     {"group_windows": (None, 5, 5)},
     {"group_windows": (None, 3), "preemption_mode": "swap", "num_host_blocks": 48},
     {"batching": "static"},
+    {"speculative": (SpeculativeConfig("ngram"),)},
+    {"speculative": (SpeculativeConfig("ngram", 7, adaptive=True, max_step_tokens=99),), "prefix_cache": "radix"},
+    {"speculative": (SpeculativeConfig("ngram"),), "group_windows": (None, 3)},
     {"allocator": "oracle", "enable_prefix_caching": False},
     {"allocator": "buddy", "enable_prefix_caching": False, "preemption_mode": "swap", "num_host_blocks": 20},
 ]

@@ -23,6 +23,7 @@ from minivllm.events import (
     StepRan,
 )
 from minivllm.lab.fake_runner import fake_engine, fake_request
+from minivllm.speculative_config import SpeculativeConfig
 from minivllm.trace import Trace
 from minivllm.views.prefix_tree import PrefixTree
 from minivllm.views.prefix_tree_fold import PrefixTreeFold
@@ -35,6 +36,8 @@ Options = dict[str, object]
 POLICIES: list[Options] = [
     {}, {"prefix_cache": "radix"}, {"eviction_policy": "lfu"}, {"prefix_cache": "radix", "eviction_policy": "fifo"},
     {"preemption_mode": "swap", "num_host_blocks": 40}, {"group_windows": (None, 5)},
+    {"speculative": (SpeculativeConfig("ngram"),)},
+    {"speculative": (SpeculativeConfig("ngram", 7, adaptive=True, max_step_tokens=99),), "prefix_cache": "radix"},
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_radar_takes_twenty_answers_and_says_where_to_start() -> None:
         answer(view, is_right=view._diagnostic.items[view._controls.item - 1].group != "E")
     picture = view.drawn()
     assert picture["title"].startswith("18 of 20 right. Start with notebook 03, then 09 (Continuous batching")
-    assert [score.share for score in picture["scores"]] == [1, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert [score.share for score in picture["scores"]] == [1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
     assert len(picture["lines"]) == 2 and all("Right: " in line for line in picture["lines"])
     assert picture["verdict"] == "" or picture["verdict"].startswith("Question 20: Right")
 
@@ -59,7 +59,7 @@ def test_radar_draws_shares_as_distances_from_the_centre() -> None:
     for _ in range(20):
         answer(view, is_right=view._diagnostic.items[view._controls.item - 1].group in "AC")
     dots = [mark for mark in view.drawn()["marks"] if isinstance(mark, Dot)]
-    centre_y = sum(dot.y for dot in dots if dot.x == CENTRE_X) + RADIUS_PX  # A stands straight up
+    centre_y = dots[0].y + RADIUS_PX  # A stands straight up
     reach = [hypot(dot.x - CENTRE_X, dot.y - centre_y) for dot in dots]
     wanted = [RADIUS_PX if score.group in "AC" else NOTHING_PX for score in view.drawn()["scores"]]
     assert reach == pytest.approx(wanted, abs=0.2) and {dot.shape for dot in dots} == {"circle"}

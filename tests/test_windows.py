@@ -85,8 +85,8 @@ def test_layers_that_see_all_keep_all(reference_model: Build) -> None:
 
 
 HYBRIDS = ["ministral-1to1", "qwen3-5to1", "qwen2-window"]
-POOLS = {"ministral-1to1": 100, "qwen3-5to1": 240, "qwen2-window": 120}  # blocks of 3 for two or three requests
-LOCAL = {"ministral-1to1": 9, "qwen3-5to1": 6, "qwen2-window": 7}
+POOLS = {"ministral-1to1": 100, "qwen3-5to1": 200, "qwen2-window": 120}  # blocks of 3 for two or three requests
+LOCAL = {"ministral-1to1": 9, "qwen3-5to1": 200, "qwen2-window": 7}
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 7},
     "pressure": {"max_num_seqs": 8},

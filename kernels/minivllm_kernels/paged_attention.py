@@ -39,6 +39,9 @@ from minivllm_kernels.attention_configs import AttentionConfig, attention_config
 from minivllm_kernels.checks import check_cache, check_float, check_index, check_options, require
 
 LOG2_E = math.log2(math.e)
+# The score of a key that a row does not see. Finite, for a row that sees nothing yet must not become NaN; and a power
+# of two, so that score * factor is exact: in one fused multiply-add, 1e30 * factor less its own rounded value is 1e21.
+UNSEEN = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def _attend(
             is_seen = keys <= positions
             if HAS_WINDOW:
                 is_seen &= keys > positions - window
-            scores = tl.where(is_seen, scores, -1e30)  # finite: a row that sees nothing yet must not become NaN
+            scores = tl.where(is_seen, scores, UNSEEN)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
         shrink = tl.exp2(peak - new_peak)
         probs = tl.exp2(scores * factor - new_peak[:, None])

@@ -70,12 +70,12 @@ def main(argv: Sequence[str], ledger_drawing: Callable[[], Draw] | None = None) 
             raise ConfigError(f"{option}: {path.parent} is no folder that can be written; choose another")
     draw = _ledger_drawing(args, ledger_drawing) if args.ledger else None
     rows, ledgers = list[Row](), Ledgers() if draw else None
-    if args.workload:
+    if args.workload is not None:
         choice = EngineChoice(
             args.model, args.dtype, args.load_format, args.enforce_eager, block_size=args.block_size, seed=args.seed
         )
         rows = measure(args.workload.split(","), choice, args.repeats, ledgers)
-    for part in [] if args.workload else args.parts.split(","):
+    for part in [] if args.workload is not None else args.parts.split(","):
         rows += PARTS[part](args)
     _print_table(rows)
     if args.output:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str], ledger_drawing: Callable[[], Draw] | None = None) 
 
 def _ledger_drawing(args: argparse.Namespace, ledger_drawing: Callable[[], Draw] | None) -> Draw:
     """What --ledger needs, or a refusal."""
-    if not args.workload:
+    if args.workload is None:
         raise ConfigError("--ledger: name what is to run, such as --workload nano")
     if args.ledger.suffix != ".png":
         raise ConfigError(f"--ledger: {args.ledger.name} must end in .png")

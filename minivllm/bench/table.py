@@ -1,6 +1,7 @@
 """The README's tables of figures, made from committed result files: `python -m minivllm.bench.table` writes them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results") / "engine_cpu.json"
@@ -10,6 +11,10 @@ POLICY_BEGIN, POLICY_END = "<!-- policy table: begin -->\n", "<!-- policy table:
 KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
 KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
 GPU_RESULTS = Path(__file__).with_name("results") / "engine_h200.json"
+GPU_OTHERS = tuple(
+    GPU_RESULTS.with_stem(f"engine_h200_{commit}") for commit in ("5e33753", "db4e159")
+)  # whole runs, too
+GPU_TEXT = GPU_RESULTS.with_stem("text_h200")
 GPU_BEGIN, GPU_END = "<!-- gpu table: begin -->\n", "<!-- gpu table: end -->"
 CONVERSIONS = Path(__file__).parents[1] / "lab" / "conversions"
 CONVERSION_BEGIN, CONVERSION_END = "<!-- conversion table: begin -->\n", "<!-- conversion table: end -->"
@@ -50,21 +55,26 @@ def kernel_table(path: Path = KERNEL_RESULTS) -> str:
     return "\n".join(lines) + "\n" + source
 
 
-def gpu_table(path: Path = GPU_RESULTS) -> str:
-    """Markdown: a line for each workload of the engine on a GPU, beside the floor of its bytes and FLOPs."""
-    result = json.loads(path.read_text())
-    lines = [
-        "| model and workload | seconds, best | tokens/s | floor, seconds | share of the floor |",
-        "| --- " * 5 + "|",
-    ]
-    for row in result["rows"]:
+def gpu_table(path: Path = GPU_RESULTS, others: Sequence[Path] = GPU_OTHERS, text: Path = GPU_TEXT) -> str:
+    """Markdown: a line for each workload of the engine on a GPU, its floor, other whole runs; then the real text."""
+    result, real = json.loads(path.read_text()), json.loads(text.read_text())
+    beside = [json.loads(other.read_text()) for other in others]
+    taken = [{(row["model"], row["what"]): row["best_s"] for row in other["rows"]} for other in beside]
+    head = (
+        "| model and workload | seconds, best | tokens/s | floor, seconds | share of the floor | other runs, seconds |"
+    )
+    lines = [head, "| --- " * 6 + "|"]
+    for row in (*result["rows"], *real["rows"]):
         name = f"{row['model']}, {row['what']}" + (f" ({row['note']})" if "note" in row else "")
-        cells = (name, row["best_s"], f"{row['tokens/s']:,.0f}", row["floor_s"], row["share of floor"])
+        also = ", ".join(str(best_s[key]) for best_s in taken if (key := (row["model"], row["what"])) in best_s)
+        cells = (name, row["best_s"], f"{row['tokens/s']:,.0f}", row["floor_s"], row["share of floor"], also)
         lines.append("".join(f"| {cell} " for cell in cells) + "|")
-    facts, gpu = result["provenance"], result["rows"][0]["roofs"]["name"]
+    facts, gpu, said = result["provenance"], result["rows"][0]["roofs"]["name"], real["provenance"]
+    commits = " and ".join(other["provenance"]["commit"] for other in beside)
     source = (
         f"\n{gpu}, random weights in bf16, torch {facts['torch']}, commit {facts['commit']}, seed {facts['seed']}: "
-        f"`{facts['command']}` ({facts['note']})\n"
+        f"`{facts['command']}` ({facts['note']}). Other runs: other H200s, commits {commits}. Text: SmolLM2's weights, "
+        f"commit {said['commit']}: `{said['command']}`\n"
     )
     return "\n".join(lines) + "\n" + source
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.events import (
     BlockCached,
     BlockCopied,
@@ -37,7 +38,7 @@ class BlockCounts:
         match event:
             case BlocksTaken() | PrefixHit() | Pinned():
                 self._hold(event.block_ids)
-            case BlocksReleased() | BlocksDropped() | Unpinned():
+            case BlocksReleased() | BlocksDropped() | BlocksTrimmed() | Unpinned():
                 self._let_go(event.block_ids)
             case BlockCached(block_id=block_id):
                 self._cache(block_id)

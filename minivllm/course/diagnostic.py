@@ -22,7 +22,7 @@ KIND, ROUND = "diagnostic", "round"
 # Group -> the notebooks that teach it: the first is where to start, the next is where it goes on.
 STARTS = {
     "A": ("02", "03"), "B": ("04",), "C": ("05",), "D": ("05", "07"), "E": ("03", "09"), "F": ("01", "10"),
-    "J": ("01",), "K": ("02",), "L": ("06",),
+    "G": ("12",), "J": ("01",), "K": ("02",), "L": ("06",),
 }  # fmt: skip
 
 
@@ -94,6 +94,15 @@ WORDS = {
             "Choosing the token from the logits.": "That reads one row of logits, little beside the weights.",
         },
     ),
+    "G1": InWords(
+        "A drafter proposes 4 tokens and the target checks them in one step. How many tokens may the step give?",
+        "1 to 5: the accepted ones and one of the target's own.",
+        {
+            "0 to 4: the accepted ones.": "The target's own token comes after them, even where all are wrong.",
+            "Always 5.": "What stands behind a rejected draft is dropped.",
+            "Always 4.": "A rejected draft ends the round, and a whole round gains one token more.",
+        },
+    ),
     "J3": InWords(
         "The batch of a decode step grows from 1 to 64. What keeps its FLOPs per byte?",
         "Attention over the stored K and V.",
@@ -124,8 +133,8 @@ WORDS = {
         },
     ),
 }  # fmt: skip
-# One question in words for each subject, then one number for each, then what is left.
-ORDER = (*WORDS, "A2", "B6", "C8", "D9", "E1", "F4", "J1", "K1", "L2", "A5", "C2")
+# One question in words for each subject, then one number for each.
+ORDER = (*WORDS, "A2", "B6", "C8", "D9", "E1", "F4", "G4", "J1", "K1", "L2")
 
 
 @dataclass(frozen=True, slots=True)

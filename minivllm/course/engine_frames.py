@@ -6,10 +6,11 @@ Counts of a frame are totals since the start, so what happened between two frame
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
-from minivllm.errors import MiniVLLMError
+from minivllm.errors import MiniVLLMError, short
 from minivllm.text_files import read_text, write_text
 
 MOST_DECISIONS = 8  # that a frame keeps, the newest: as many as are shown
@@ -25,6 +26,12 @@ class Load:
     shared_tokens: int = 0  # in front of every prompt, the same
     token_budget: int = 2048
     batch_limit: int = 256
+
+    def __post_init__(self) -> None:
+        """Raises MiniVLLMError for what is no number."""
+        for name in LOADS:
+            if not _is_number(value := getattr(self, name)):
+                raise MiniVLLMError(f"Load: {name} must be a number, not {short(value)}")
 
     def changed(self, setting: str, value: float) -> "Load":
         """The same with one setting changed."""
@@ -79,6 +86,7 @@ class Frame:
 
 NUMBERS = [field.name for field in fields(Frame)][:-2]
 LOADS = [field.name for field in fields(Load)]
+MAY_BE_NONE = {name for name in NUMBERS if name.endswith(("_p50_ms", "_p95_ms"))}
 
 
 @dataclass(frozen=True)
@@ -127,15 +135,23 @@ def _parsed(text: str) -> EngineRun:
         rows = zip(document["frames"], document["decisions"], strict=True)
         frames = tuple(_frame(row, decisions, loads) for row, decisions in rows)
         return EngineRun({**document["header"]}, frames)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, MiniVLLMError) as error:
         words = " ".join(str(error).split())[:200]
         raise MiniVLLMError(f"not a run of the engine room ({words}); record it again") from error
 
 
 def _frame(row: Sequence[object], decisions: Sequence[Sequence[object]], loads: Sequence[Load]) -> Frame:
     *numbers, load = row
-    if len(numbers) != len(NUMBERS) or any(isinstance(number, str | list | dict) for number in numbers):
-        raise ValueError("a frame with other numbers")
-    assert isinstance(load, int)
+    for name, number in zip(NUMBERS, numbers, strict=True):
+        if not _is_number(number) and not (number is None and name in MAY_BE_NONE):
+            raise ValueError(f"a frame in which {name} is {short(number)}")
+    if not isinstance(load, int) or not 0 <= load < len(loads):
+        raise ValueError(f"a frame under load {short(load)} of {len(loads)}")
     made = tuple(Decision(*decision) for decision in decisions)  # type: ignore[arg-type]  # as many, or a TypeError
+    if not all(isinstance(each.step, int) and {type(word) for word in astuple(each)[1:]} == {str} for each in made):
+        raise ValueError("a decision that is not a step and three words")
     return Frame(**dict(zip(NUMBERS, numbers, strict=True)), load=loads[load], decisions=made)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -inf < value < inf

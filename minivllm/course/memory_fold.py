@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.errors import MiniVLLMError
 from minivllm.events import (
     Added,
@@ -129,6 +130,8 @@ class MemoryFold:
             case BlocksDropped(request_id=id_):
                 for block_id in event.block_ids:
                     self._replace(id_, block_id, NULL_BLOCK)
+            case BlocksTrimmed(request_id=id_):
+                self._trim(id_, event.block_ids, event.group)
             case Preempted(request_id=id_, how="swap"):
                 self._request(id_).num_stored = event.num_computed  # they wait in host memory
             case BlocksReleased(request_id=id_):
@@ -180,6 +183,11 @@ class MemoryFold:
         self._hold(id_, new_id)
         self._fill_table(request, index)
         self._let_go(id_, old_id)
+
+    def _trim(self, id_: str, block_ids: Sequence[int], group: int) -> None:
+        del self._request(id_).tables[group][-len(block_ids) :]
+        for block_id in block_ids:
+            self._let_go(id_, block_id)
 
     def _release(self, id_: str, block_ids: Iterable[int]) -> None:
         request = self._request(id_)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from minivllm.course.memory_fold import Booked, MemoryFold, power_of_two, read_count
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.errors import MiniVLLMError
 from minivllm.events import (
     BlockCached,
@@ -38,7 +39,9 @@ from minivllm.trace import Trace
 
 BY_BUDDIES = ("power_of_two", "buddy")  # allocators whose runs have a power of two of blocks
 PARTS = ("live", "reserved", "internal", "external", "cached", "empty")
-OF_UPDATE = (BlockCached, BlockExchanged, BlocksDropped, Finished, Forked, StepRan)  # what a step emits after computing
+OF_UPDATE = (  # what a step emits after computing
+    BlockCached, BlockExchanged, BlocksDropped, BlocksTrimmed, Finished, Forked, StepRan,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

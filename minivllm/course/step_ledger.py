@@ -6,11 +6,12 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from minivllm.draft_events import DraftJudged
 from minivllm.events import Event, StepCosted, StepRan
 
 NUM_KEPT = 2000  # steps of a live run
@@ -31,7 +32,7 @@ class LedgerRow:
     """One step."""
 
     step: int
-    kind: str  # of KINDS: no request, some, or all of them had one new token
+    kind: str  # of KINDS: no request, some, or all of them had one more token, accepted drafts aside
     num_requests: int
     num_tokens: int
     weight_bytes: int
@@ -103,15 +104,20 @@ class LedgerFold:
     def __init__(self, header: Mapping[str, object] | None = None, num_kept: int | None = NUM_KEPT) -> None:
         self.step = 0
         self._ran: StepRan | None = None
+        self._judged: tuple[int, set[str]] = 0, set()  # the step, and whose drafts it verified
         self._rows: deque[LedgerRow] = deque(maxlen=num_kept)
 
     def apply(self, event: Event) -> None:
         """A row is there when a step's StepRan and its StepCosted were seen; steps without tokens get none."""
         self.step = max(self.step, event.step)
-        if isinstance(event, StepRan):
+        if isinstance(event, DraftJudged):
+            step, ids = self._judged
+            self._judged = event.step, {event.request_id} | (ids if step == event.step else set())
+        elif isinstance(event, StepRan):
             self._ran = event
         elif isinstance(event, StepCosted) and self._ran and self._ran.step == event.step and self._ran.scheduled:
-            self._rows.append(row_of(self._ran, event))
+            step, ids = self._judged
+            self._rows.append(row_of(self._ran, event, ids if step == event.step else ()))
 
     def state(self) -> tuple[LedgerRow, ...]:
         return tuple(self._rows)
@@ -125,10 +131,11 @@ def ledger_rows(events: Iterable[Event]) -> tuple[LedgerRow, ...]:
     return fold.state()
 
 
-def row_of(ran: StepRan, cost: StepCosted) -> LedgerRow:
-    """One step's row, from its two events."""
+def row_of(ran: StepRan, cost: StepCosted, drafted: Container[str] = ()) -> LedgerRow:
+    """One step's row, from its two events; `drafted` are the requests whose drafts it verified."""
     num_new = [new for _, new, _ in ran.scheduled]
-    num_single = num_new.count(1)
+    # a prompt of one token is a prompt
+    num_single = sum(new == 1 < stored or id_ in drafted for id_, new, stored in ran.scheduled)
     kind = "decode" if num_single == len(num_new) else "mixed" if num_single else "prefill"
     num_bytes = cost.weight_bytes + cost.kv_bytes + cost.logit_bytes
     per_byte = (cost.floor_ms - cost.unhidden_ms) / num_bytes if num_bytes else 0.0

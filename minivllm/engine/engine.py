@@ -8,14 +8,16 @@ from typing import cast
 
 import xxhash
 
+from minivllm.engine.drafting import SpeculationStats
 from minivllm.engine.kv_manager import KVManager
 from minivllm.engine.pins import Pins
-from minivllm.engine.plan import Done, Launched, Launcher, Runner, StepPlan, StepResult
+from minivllm.engine.plan import Done, Launched, Launcher, Runner, StepPlan, StepResult, with_accepted
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
 from minivllm.events import Added, EventBus, Refused, StepRan
 from minivllm.request import Request, Status
+from minivllm.speculative_config import OFF
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Engine:
         return bool(self.requests)
 
     @property
+    def speculation(self) -> SpeculationStats:
+        """Counts of all drafts so far; by method in `scheduler.drafting.stats_of`."""
+        return self.scheduler.drafting.stats
+
+    @property
     def plan_in_flight(self) -> StepPlan | None:
         """The step that was launched and is not booked yet."""
         return self._in_flight.plan if self._in_flight else None
@@ -71,9 +78,8 @@ class Engine:
         for sample in samples:
             sample.max_tokens = min(sample.max_tokens, self.config.max_model_len - sample.num_prompt)
             self._register(sample)
-            self.events.emit(
-                Added(self.scheduler.step, sample.id, sample.num_prompt, sample.max_tokens, sample.priority)
-            )
+            added = Added(self.scheduler.step, sample.id, sample.num_prompt, sample.max_tokens, sample.priority)
+            self.events.emit(added)
         self.scheduler.add(request)
 
     def fork(
@@ -174,7 +180,8 @@ class Engine:
         for queue in (self.scheduler.running, self.scheduler.waiting):
             for r in queue:
                 tables = [(table.block_ids, table.num_dropped) for table in r.tables]
-                held = (tables, r.reserved_ids, r.host_ids)
+                drafts = (r.draft_length, r.num_losses, r.drafts_again_at) if self.config.speculative else ()
+                held = (tables, r.reserved_ids, r.host_ids, *drafts)
                 forks = [fork.id for fork in r.pending_forks]
                 digest.update(
                     repr((r.id, r.num_computed, r.num_promised, r.num_preemptions, held, forks, r.is_held)).encode()
@@ -223,6 +230,7 @@ class Engine:
             raise
         self._last_end_s = time.perf_counter()
         advanced = self.scheduler.update(step.plan, self.last_result)
+        self.scheduler.drafting.end_step(self.last_result, step.plan.step)
         for request in advanced:
             if request.is_finished:
                 self.requests.pop(request.id, None)
@@ -266,6 +274,10 @@ class Engine:
                 f"the prompt has {request.num_prompt} tokens and max_model_len is {self.config.max_model_len}, "
                 "which must leave room for one new token; shorten the prompt or raise max_model_len"
             )
+        wished, methods = request.params.speculative_method, self.scheduler.drafting.configs
+        if wished not in (None, OFF, *methods):
+            known = f"drafts by {', '.join(methods)}" if methods else "was built without drafts"
+            return f"speculative_method is {wished!r} and this engine {known}; see speculative_config"
         # Whatever passes here fits: the pool holds max_model_len tokens (EngineConfig), and max_tokens is cut to it.
         return None
 
@@ -275,7 +287,7 @@ class Engine:
         self.events.emit(
             StepRan(
                 step=step.plan.step,
-                scheduled=step.stored,
+                scheduled=tuple(with_accepted(step.stored, self.last_result)),
                 new_tokens=new_tokens,
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),

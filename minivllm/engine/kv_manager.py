@@ -7,6 +7,7 @@ owners; who writes to one that others hold, or that the prefix cache keeps, gets
 never written again, so they are never copied.
 """
 
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.engine.allocators import blocks_needed as blocks_needed
 from minivllm.engine.allocators import build_allocator
 from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool
@@ -119,6 +120,16 @@ class KVManager:
             for group in range(len(request.tables)):
                 self._extend_table(request, group, num_missing)
         return True
+
+    def trim(self, request: Request) -> None:
+        """Give back the blocks behind the computed tokens: a rejected tail leaves them empty."""
+        num_kept = blocks_needed(request.num_computed, self.block_size)
+        for group, table in enumerate(request.tables):
+            if trimmed := table.block_ids[num_kept:]:
+                del table.block_ids[num_kept:]
+                self.events.emit(BlocksTrimmed(self.step, request.id, tuple(trimmed), group))
+            for block_id in reversed(trimmed):
+                self.let_go(self.pool.blocks[block_id])
 
     def fork(self, parent: Request, child: Request) -> bool:
         """Give `child`, whose tokens start as the parent's do, the parent's tables; False when there is no room.

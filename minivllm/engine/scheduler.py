@@ -14,26 +14,27 @@ Then waiting requests are admitted, unless something was preempted: the pool is 
                     until the batch is over
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from minivllm.engine.admission import Admission
+from minivllm.engine.drafting import Drafting
 from minivllm.engine.kv_manager import KVManager
-from minivllm.engine.plan import StepPlan, StepResult, needs_token
-from minivllm.engine.policies import RequestQueue, at_the_door, order_of
-from minivllm.engine.prefix_cache import Hit
+from minivllm.engine.plan import Scheduled, StepPlan, StepResult, needs_token
+from minivllm.engine.policies import RequestQueue, order_of
 from minivllm.engine.swap import SwapSpace
+from minivllm.engine.under_way import Computing, computing
 from minivllm.engine_config import EngineConfig
-from minivllm.events import Admitted, EventBus, Finished, Forked, Preempted, Waited
+from minivllm.events import EventBus, Finished, Forked, Preempted, Waited
 from minivllm.request import Request, Status
 
-Scheduled = list[tuple[Request, int]]
 
-
-class Scheduler:
+class Scheduler(Admission):
     """Decides each step and digests its result; the only place where requests change state."""
 
     def __init__(self, config: EngineConfig, kv: KVManager, events: EventBus, clock: Callable[[], float]) -> None:
         self.config = config
         self.kv = kv
+        self.drafting = Drafting(config, kv, events)
         self.swap = SwapSpace(config.num_host_blocks, kv)
         self.events = events
         self.running = RequestQueue(order_of(config))
@@ -42,6 +43,7 @@ class Scheduler:
         self.step = 0
         self._clock = clock
         self._is_under_way = self._is_short = False  # of the step that is being planned
+        self._launched: Scheduled = []  # by the latest step, which may be under way
 
     def add(self, request: Request) -> None:
         request.arrival_step = self.step
@@ -58,22 +60,23 @@ class Scheduler:
         budget, preempted = self.config.max_num_batched_tokens, list[Request]()
         scheduled: Scheduled = []
         if self.config.batching == "prefill_first":
-            scheduled = self._admit_waiting(budget)
+            scheduled = self._admit_waiting(budget, self._computing())
         if not scheduled:
             scheduled = self._advance_running(budget, preempted)
-            if self._is_short:
-                pass  # guests would take the room that others lack
-            elif preempted and self.waiting:
+            if preempted and self.waiting:
                 self.events.emit(Waited(self.step, self.waiting.first.id, "just_preempted"))
-            elif self.config.batching != "prefill_first":
-                scheduled += self._admit_waiting(budget - sum(num_new for _, num_new in scheduled))
+            elif self.config.batching != "prefill_first" and not self._is_short:  # they would take what others lack
+                num_tokens = sum(num_new for _, num_new in scheduled)
+                scheduled += self._admit_waiting(budget - num_tokens, self._computing(scheduled))
         if not scheduled and not preempted and not is_under_way:
             self._unblock(preempted)
+        num_drafts = {} if preempted or is_under_way else self.drafting.plan(scheduled, self.config)
         fresh_block_ids, transfers = self.kv.drain_work()
-        return StepPlan(self.step, scheduled, fresh_block_ids, preempted, transfers, self._is_short)
+        return StepPlan(self.step, scheduled, fresh_block_ids, preempted, transfers, num_drafts, self._is_short)
 
     def promise(self, plan: StepPlan) -> None:
         """Book what a launched step will have computed and chosen, for whoever plans the next one before it ends."""
+        self._launched = plan.scheduled
         for request, num_new in plan.scheduled:
             if request.status is Status.RUNNING:  # else it was aborted while the step ran
                 request.num_promised += needs_token(request, num_new) and not request.is_steered
@@ -99,6 +102,8 @@ class Scheduler:
                 continue
             forks = self._start_forks(request) if request.pending_forks else ()
             self.append(request, new_token_ids)
+            if request.id in plan.num_drafts:
+                self.drafting.book(request, result, self.step)
             advanced.append(request)
             for fork in forks:
                 self.append(fork, result.new_token_ids[fork.id])
@@ -106,17 +111,20 @@ class Scheduler:
         return advanced
 
     def append(self, request: Request, new_token_ids: list[int]) -> None:
-        """Append tokens up to the one that ends the request."""
+        """Append tokens up to the one that ends the request; all but the last are accepted drafts."""
         request.is_held = False
         if request.first_token_s is None:
             request.first_token_s = self._clock()
-        for token_id in new_token_ids:
+        for index, token_id in enumerate(new_token_ids):
+            request.num_computed += index > 0  # the draft before it is stored
             request.token_ids.append(token_id)
             reason = request.end_reason(token_id, self.config.eos_token_ids)
             if reason:
+                if index > 0:
+                    self.kv.publish(request)
                 is_eos = token_id in self.config.eos_token_ids and not request.params.ignore_eos
                 self.finish(request, reason, token_id if reason == "stop" and not is_eos else None)
-                return
+                del new_token_ids[index + 1 :]  # nobody gets what stands behind the end
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """Take a request out, wherever it is, and give its blocks back."""
@@ -124,13 +132,13 @@ class Scheduler:
         if request in queue:
             queue.remove(request)
         else:
-            self._leave_leader(request)
+            for leader in (other for other in (*self.running, *self.waiting) if request in other.pending_forks):
+                leader.pending_forks.remove(request)
         for fork in request.pending_forks:  # their leader leaves before they began: each goes its own way
             self.add(fork)
         request.pending_forks, request.num_promised = [], 0
         self._let_go(request, reason)
-        request.status = Status.FINISHED
-        request.finish_reason, request.stop_reason = reason, stop_reason
+        request.status, request.finish_reason, request.stop_reason = Status.FINISHED, reason, stop_reason
         request.finished_s = self._clock()
         self.events.emit(Finished(self.step, request.id, reason, request.num_output))
 
@@ -196,73 +204,8 @@ class Scheduler:
         if not self.running:
             self._clear_lingering()
 
-    def _admit_waiting(self, budget: int) -> Scheduled:
-        """Admit in order until one does not fit: whoever comes after it waits behind it."""
-        scheduled: Scheduled = []
-        is_new_batch = self.config.fills_batches and not self.running and not self.lingering
-        for request in at_the_door(self.config, list(self.waiting), self.kv, self.step):
-            if request.is_held:
-                continue
-            if self.config.fills_batches and not is_new_batch:
-                self.events.emit(Waited(self.step, request.id, "batch_runs"))
-                break
-            num_new, reason = self._try_to_admit(request, budget)
-            if not num_new:
-                self.events.emit(Waited(self.step, request.id, reason))
-                break
-            if is_new_batch:
-                reason = "new_batch"
-            self.events.emit(Admitted(self.step, request.id, request.num_computed, request.num_preemptions, reason))
-            scheduled.append((request, num_new))
-            budget -= num_new
-        return scheduled
-
-    def _try_to_admit(self, request: Request, budget: int) -> tuple[int, str]:
-        """Admit with what is stored of the request already; see `_admit_after`."""
-        if len(self.running) >= self.config.max_num_seqs:
-            return 0, "no_seat"
-        if request.host_ids:
-            return self._admit_after(request, Hit([], request.num_computed), budget)
-        hit = self.kv.match(request)
-        num_new, reason = self._admit_after(request, hit, budget)
-        if reason == "no_blocks" and hit.num_tokens % self.config.block_size:
-            # A block known in part is held beside its copy: one more than the request itself needs.
-            return self._admit_after(request, hit.without_part(self.config.block_size), budget)
-        return num_new, reason
-
-    def _admit_after(self, request: Request, hit: Hit, budget: int) -> tuple[int, str]:
-        """How many tokens the request computes in this step and why it may; 0 and why it must wait."""
-        num_missing = request.num_tokens - hit.num_tokens
-        num_new = min(num_missing, budget)
-        if num_new == 0 or (num_new < num_missing and not self.config.chunks_prompts):
-            return 0, "no_budget"
-        is_alone = len(self.running) == 0  # it may use the last block; beside others, the watermark leaves room to grow
-        is_swapped = bool(request.host_ids)
-        can_begin = (
-            self.swap.can_swap_in(request, num_new, not is_alone)
-            if is_swapped
-            else self.kv.can_admit(request, hit, num_new, not is_alone)
-        )
-        if not can_begin:
-            return 0, "no_blocks"
-        self._begin(request, hit, num_new)
-        return num_new, "swapped_in" if is_swapped else "alone" if is_alone else "fits"
-
-    def _begin(self, request: Request, hit: Hit, num_new: int) -> None:
-        self.waiting.remove(request)
-        request.status = Status.RUNNING
-        if request.first_scheduled_s is None:
-            request.first_scheduled_s = self._clock()
-        self.running.add(request)
-        if request.host_ids:
-            self.swap.swap_in(request)
-        else:
-            self.kv.adopt(request, hit)
-        if request.num_preemptions == 0:
-            # Neither what a recompute finds again is a hit, nor what a fork finds of its parent's output.
-            request.num_cached = min(request.num_computed, request.num_prompt)
-        has_grown = self.kv.grow(request, num_new)
-        assert has_grown, "the blocks were counted"
+    def _computing(self, scheduled: Iterable[tuple[Request, int]] = ()) -> Computing:
+        return computing(scheduled, self._launched if self._is_under_way else ())
 
     def _unblock(self, preempted: list[Request]) -> None:
         """All who run wait for their owners' choice: the last makes room for one who can be computed."""
@@ -278,11 +221,6 @@ class Scheduler:
             fork.token_ids = list(request.token_ids)
             self.fork(request, fork)
         return forks
-
-    def _leave_leader(self, fork: Request) -> None:
-        for leader in (*self.running, *self.waiting):
-            if fork in leader.pending_forks:
-                leader.pending_forks.remove(fork)
 
     def _let_go(self, request: Request, reason: str) -> None:
         """Give blocks back; in a static batch who ended keeps them until the last one has."""

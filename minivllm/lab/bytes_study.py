@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from minivllm.course.calculators import Accelerator, attention_shape, kv_bytes_of_sequence, kv_bytes_per_token
 from minivllm.course.calculators.model_fields import Config
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.events import BlocksDropped, BlocksTaken, StepRan
 from minivllm.lab.step_floor import ModelWork, measured_roofs
 from minivllm.llm import LLM
@@ -50,7 +51,7 @@ def compare_bytes(llm: LLM, config: Config) -> Agreement:
             case BlocksTaken(group=group, block_ids=block_ids):
                 held[group] += len(block_ids) * llm.config.block_size * num_layers[group]
                 num_held = held.total()
-            case BlocksDropped(group=group, block_ids=block_ids):
+            case BlocksDropped(group=group, block_ids=block_ids) | BlocksTrimmed(group=group, block_ids=block_ids):
                 held[group] -= len(block_ids) * llm.config.block_size * num_layers[group]
     return Agreement(
         per_token=int(kv_bytes_per_token(config, dtype)),

@@ -82,7 +82,8 @@ def places_written(plan: StepPlan, block_size: int) -> set[Place]:
     places = {Place(transfer.target_id, transfer.move is Move.SWAP_OUT) for transfer in plan.transfers}
     places |= {Place(block_id) for block_id in plan.fresh_block_ids}
     for request, num_new in plan.scheduled:
-        first, end = request.num_computed // block_size, blocks_needed(request.num_computed + num_new, block_size)
+        num_stored = request.num_computed + num_new + plan.num_drafts.get(request.id, 0)
+        first, end = request.num_computed // block_size, blocks_needed(num_stored, block_size)
         places |= {Place(block_id) for table in request.tables for block_id in table.block_ids[first:end]}
     return places
 

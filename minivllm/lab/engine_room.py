@@ -15,8 +15,8 @@ from minivllm.collector import older_objects_frozen
 from minivllm.course.engine_frames import EngineRun, Frame, Load
 from minivllm.course.frame_fold import FrameFold
 from minivllm.errors import ConfigError, MiniVLLMError, short
-from minivllm.lab.room_clock import RoomClock
-from minivllm.lab.room_load import Guest, Guests, choices_of, possible, text_of
+from minivllm.lab.room_clock import RoomClock, step_seconds
+from minivllm.lab.room_load import Guests, choices_of, possible, text_of
 from minivllm.llm import LLM
 from minivllm.request import SamplingParams
 from minivllm.text_engine import Checked, Generation
@@ -41,10 +41,10 @@ class EngineRoom:
             raise ConfigError(f"EngineRoom drives an LLM: EngineRoom(LLM(...)), not {type(llm).__name__}")
         if llm.engine.has_work or not llm.reset_prefix_cache():
             raise ConfigError("EngineRoom: the engine has requests or pinned prefixes; finish, abort or unpin them")
-        self.llm, self._seed, self._step_s = llm, seed, step_s
+        self.llm, self._seed, self._step_s = llm, seed, step_seconds(step_s)
         self.choices = choices_of(llm.engine.built_config)
         self._text, self.prompts = text_of(llm, seed)
-        self.wished = possible(load or Load(), self.choices)  # by the engine, once it has read all that was asked
+        self.wished = possible(load, self.choices)  # by the engine, once it has read all that was asked
         self.is_playing = self._is_closed = False
         self.failure = self.said = ""
         self._followers: list[Callable[[], None]] = []
@@ -137,9 +137,10 @@ class EngineRoom:
 
     def count_steps(self, step_s: float | None) -> None:
         """From now on a step counts so many seconds; None: what passes on the clock of the machine."""
+        self._step_s = step_seconds(step_s)
         with self._turn:
             self._clock.halt()
-            self._step_s = self._clock.step_s = step_s
+            self._clock.step_s = self._step_s
 
     def empty(self) -> None:
         """Pause, drop all requests and cached prefixes; frames and sliders stay. Every block must be free then."""
@@ -191,8 +192,10 @@ class EngineRoom:
                 self._empty()
                 self._begin(self._fold.load)
             case "save":
-                path = self.recorded().save(SAVED_AS)
-                self.said = f"{len(self.frames)} frames were saved to {path}"
+                try:
+                    self.said = f"{len(self.frames)} frames were saved to {self.recorded().save(SAVED_AS)}"
+                except MiniVLLMError as error:  # a folder that cannot be written stops nobody
+                    self.said = str(error)
             case _:
                 self._set(name, value)
 
@@ -235,15 +238,12 @@ class EngineRoom:
         for guest in self._guests.due(self._clock()):
             if len(self.llm.engine.scheduler.waiting) >= MOST_WAITING:
                 self._fold.turn_away()
-            else:
-                self._add(guest)
-
-    def _add(self, guest: Guest) -> None:
-        wish = SamplingParams(temperature=0, max_tokens=guest.num_output, ignore_eos=True, detokenize=False)
-        request_id = f"r{next(self._numbers)}"
-        self._fold.expect(request_id, guest.due_s)
-        generation = self.llm.text_engine.add(Checked(None, guest.token_ids), wish, request_id=request_id)
-        self._generations.append(generation)
+                continue
+            wish = SamplingParams(temperature=0, max_tokens=guest.num_output, ignore_eos=True, detokenize=False)
+            request_id = f"r{next(self._numbers)}"
+            self._fold.expect(request_id, guest.due_s)
+            generation = self.llm.text_engine.add(Checked(None, guest.token_ids), wish, request_id=request_id)
+            self._generations.append(generation)
 
     def _tidy(self) -> None:
         """Forget who has ended. Raises the error that ended one of them."""

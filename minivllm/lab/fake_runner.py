@@ -2,18 +2,21 @@
 
 Every slot remembers its token, its position and a digest of the whole prefix up to it, as real K and V do. So a wrong
 share, a stale block or a missed recompute is an assertion (invariant I16), or it changes the tokens that come out.
+Drafts are written behind the known tokens and read back; slots of those that fall are written again.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from minivllm.engine.block_pool import NULL_BLOCK, CacheEntry
 from minivllm.engine.engine import Engine
-from minivllm.engine.plan import Done, Move, StepPlan, StepResult, Transfer, needs_token
+from minivllm.engine.plan import Done, Judged, Move, StepPlan, StepResult, Transfer, needs_token
 from minivllm.engine.tables import slot_of
 from minivllm.engine_config import EngineConfig
+from minivllm.lab.fake_drafts import FakeDrafts
 from minivllm.request import Request, SamplingParams
 
 
@@ -34,10 +37,17 @@ class FakeRunner:
     do, so the answers are those without a window.
     """
 
-    def __init__(self, block_size: int, vocab_size: int = 12, windows: tuple[int | None, ...] = (None,)) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        vocab_size: int = 12,
+        windows: tuple[int | None, ...] = (None,),
+        drafts: FakeDrafts | None = None,
+    ) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.windows = windows  # by group of layers
+        self.drafts = drafts
         self.contents: dict[int, Fingerprint] = {}  # by slot
         self.host: dict[int, list[Fingerprint | None]] = {}  # by host block
         self.entries: dict[
@@ -48,6 +58,7 @@ class FakeRunner:
         self.is_async = False  # whether the engine may launch a step before it knows the tokens of the last one
         self._written: dict[Request, tuple[int, int]] = {}  # preemptions so far, end of what was written since
         self._latest: dict[Request, int] = {}  # what the last step chose
+        self._guessed: dict[Request, list[int]] = {}  # drafts, while a step runs
 
     def run(self, plan: StepPlan) -> StepResult:
         """Write the scheduled tokens, check all that stands before them, answer where a request is up to date."""
@@ -56,23 +67,28 @@ class FakeRunner:
             self._move(transfer)
         for block_id in plan.fresh_block_ids:
             self._store(block_id, [None] * self.block_size)
+        self._guessed = {request: self._propose(request, plan) for request, _ in plan.scheduled}
         for request, num_new in plan.scheduled:
             self._write(request, num_new)
         up_to_date = [request for request, num_new in plan.scheduled if needs_token(request, num_new)]
         samples = [(request, sample) for request in up_to_date for sample in (request, *request.pending_forks)]
-        answers = {sample.id: [self._next_token(request, sample.seed)] for request, sample in samples}
-        self._latest = {request: answers[request.id][0] for request in up_to_date}
+        answers = {sample.id: self._answer(request, sample.seed) for request, sample in samples}
+        judged = {
+            request.id: self._judge(request, answers[request.id]) for request in up_to_date if self._guessed[request]
+        }
+        self._guessed = {}
+        self._latest = {request: answers[request.id][-1] for request in up_to_date}
         self.after(plan)
-        return StepResult(answers)
+        return StepResult(answers, judged=judged)
 
     def launch(self, plan: StepPlan) -> Done:
         """As a GPU does: the engine learns later what was chosen, the next step reads it here."""
-        allows_next = not any(r.is_steered or r.pending_forks for r, _ in plan.scheduled)
+        allows_next = self.drafts is None and not any(r.is_steered or r.pending_forks for r, _ in plan.scheduled)
         return Done(self.run(plan), allows_next)
 
     def twin(self, num_host_blocks: int) -> "FakeRunner":
         """The same answers from slots of its own, all empty; it has as many host blocks as it is asked for."""
-        return FakeRunner(self.block_size, self.vocab_size, self.windows)
+        return FakeRunner(self.block_size, self.vocab_size, self.windows, self.drafts)
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
         """What the block's slots hold, for another runner to load."""
@@ -110,7 +126,7 @@ class FakeRunner:
                 self.contents[slot] = fingerprint
 
     def _write(self, request: Request, num_new: int) -> None:
-        start, end = request.num_computed, request.num_computed + num_new
+        start, end = request.num_computed, request.num_computed + num_new + len(self._guessed[request])
         num_preemptions, written = self._written.get(request, (0, start))
         assert start == written or num_preemptions < request.num_preemptions, (
             f"I9: {request.id} writes from {start}, wrote up to {written}"
@@ -140,13 +156,42 @@ class FakeRunner:
                 assert found == expected, f"I16: {request.id} at {position}, slot {slot}: {found}, not {expected}"
         return digest
 
-    def _next_token(self, request: Request, seed: int) -> int:
-        digest = self._read(request, request.num_expected, query=request.num_expected - 1)
+    def _propose(self, request: Request, plan: StepPlan) -> list[int]:
+        num_drafts = plan.num_drafts.get(request.id, 0)
+        if not num_drafts:
+            return []
+        assert self.drafts is not None, f"I11: {request.id} is to have drafts, and nobody drafts"
+        digest = 0
+        for token_id in request.token_ids:
+            digest = hash((digest, token_id))
+        truth = partial(self._choose, seed=request.seed)
+        return self.drafts.propose(digest, num_drafts, truth, self.vocab_size)
+
+    def _answer(self, request: Request, seed: int) -> list[int]:
+        """The drafts that are what comes next, and one token more."""
+        answer: list[int] = []
+        for drafted in (*self._guessed[request], None):
+            num_known = request.num_expected + len(answer)
+            answer.append(self._choose(self._read(request, num_known, query=num_known - 1), seed))
+            if answer[-1] != drafted:
+                break
+        return answer
+
+    def _judge(self, request: Request, answer: list[int]) -> Judged:
+        """What became of the drafts; the slots of those that fell may be written again."""
+        assert self.drafts is not None
+        drafts, num_preemptions = self._guessed[request], request.num_preemptions
+        self._written[request] = num_preemptions, request.num_tokens + len(answer) - 1
+        return Judged(self.drafts.method_of(request.params.speculative_method), tuple(drafts), len(answer) - 1)
+
+    def _choose(self, digest: int, seed: int) -> int:
         return hash((digest, seed)) % self.vocab_size
 
     def _tokens_of(self, request: Request) -> list[int]:
-        """Those that the engine knows, and the one that it was promised."""
-        return [*request.token_ids, self._latest[request]] if request.num_promised else request.token_ids
+        """Those that the engine knows, the one that it was promised, and while a step runs its drafts."""
+        promised = [self._latest[request]] if request.num_promised else []
+        guessed = self._guessed.get(request, [])
+        return [*request.token_ids, *promised, *guessed] if promised or guessed else request.token_ids
 
 
 class SilentRunner:
@@ -160,8 +205,14 @@ def fake_engine(**options: Any) -> tuple[Engine, FakeRunner]:
     """Ten blocks of four tokens and room for all, unless told otherwise."""
     defaults: dict[str, Any] = {"num_blocks": 11, "block_size": 4, "max_model_len": 40, "watermark": 0.0}
     config = EngineConfig(**{**defaults, **options})
-    runner = FakeRunner(config.block_size, windows=config.group_windows)
+    runner = FakeRunner(config.block_size, windows=config.group_windows, drafts=fake_drafts(config))
     return Engine(config, runner), runner
+
+
+def fake_drafts(config: EngineConfig, alpha: float = 0.7) -> FakeDrafts | None:
+    """Drafts by the methods of the config, if it has any."""
+    methods = tuple(each.method for each in config.speculative)
+    return FakeDrafts(methods, alpha) if methods else None
 
 
 def fake_request(

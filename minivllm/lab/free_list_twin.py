@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.engine.block_pool import NULL_BLOCK, BlockPool
 from minivllm.events import (
     BlockCached,
@@ -59,7 +60,9 @@ class FreeListTwin:
             case BlockExchanged(block_id=block_id, cached_id=cached_id):
                 self._share(cached_id)
                 self._release(block_id)
-            case BlocksReleased(block_ids=block_ids) | Unpinned(block_ids=block_ids):
+            case (
+                BlocksReleased(block_ids=block_ids) | Unpinned(block_ids=block_ids) | BlocksTrimmed(block_ids=block_ids)
+            ):
                 for block_id in reversed(block_ids):
                     self._release(block_id)
             case BlocksDropped(block_ids=block_ids):

@@ -1,7 +1,7 @@
 """The invariants I1-I15 of the engine, checked from outside: after a step, on a plan, and when all is drained.
 
-The fake runner adds I16 and the "written once" of I9, free_list_twin.py and witness.py, which hear the events, add I14
-and what only the moment shows. I8 (drafts are never cached) has no drafts to look at yet.
+The fake runner adds I16 and the "written once" of I9 (but for the slots of drafts that fell), free_list_twin.py and
+witness.py, which hear the events, add I14, I8 (drafts are never cached) and what only the moment shows.
 """
 
 from collections import Counter
@@ -15,8 +15,10 @@ from minivllm.engine.plan import StepPlan
 from minivllm.engine.policies import order_of
 from minivllm.engine.prefix_cache import HashChainCache, root_hash
 from minivllm.engine.tables import held_ids
+from minivllm.engine_config import EngineConfig
 from minivllm.lab.fake_runner import FakeRunner
 from minivllm.request import Request, Status
+from minivllm.speculative_config import OFF
 
 
 def check_invariants(engine: Engine, runner: FakeRunner | None = None) -> None:
@@ -36,6 +38,8 @@ def check_plan(engine: Engine, plan: StepPlan) -> None:
     _check_ownership(engine)
     # I11: one budget for all, a seat for each.
     assert plan.num_tokens <= config.max_num_batched_tokens, f"I11: {plan.num_tokens} tokens in one step"
+    strangers = plan.num_drafts.keys() - {request.id for request, _ in plan.scheduled}
+    assert not strangers, f"I11: drafts are planned for {strangers}, who do not run"
     assert len(engine.scheduler.running) <= config.max_num_seqs, f"I11: {len(engine.scheduler.running)} running"
     assert len({request.id for request, _ in plan.scheduled}) == len(plan.scheduled), "I11: scheduled twice"
     for request, num_new in plan.scheduled:
@@ -46,8 +50,11 @@ def check_plan(engine: Engine, plan: StepPlan) -> None:
         assert end <= request.num_expected, f"I9: {request.id} would compute {end} of {request.num_expected} tokens"
         if not config.chunks_prompts:
             assert end == request.num_expected, f"I11: {request.id} is chunked"
-        # I10: exactly the blocks that computed and scheduled tokens need.
-        needed = blocks_needed(end, config.block_size)
+        num_drafts = plan.num_drafts.get(request.id, 0)
+        if request.id in plan.num_drafts:
+            _check_drafts(config, request, num_new, num_drafts)
+        # I10: exactly the blocks that computed tokens, scheduled ones and drafts need.
+        needed = blocks_needed(end + num_drafts, config.block_size)
         for table in request.tables:
             assert len(table.block_ids) == needed, f"I10: {request.id} has {len(table.block_ids)} blocks, not {needed}"
         # I12: only a sole owner writes, and never to a block that is cached.
@@ -55,6 +62,22 @@ def check_plan(engine: Engine, plan: StepPlan) -> None:
         for block_id in (block_id for table in request.tables for block_id in table.block_ids[first:]):
             assert pool.blocks[block_id].ref_count == 1, f"I12: {request.id} writes to shared block {block_id}"
             assert pool.blocks[block_id].entry is None, f"I5: {request.id} writes to cached block {block_id}"
+
+
+def _check_drafts(config: EngineConfig, request: Request, num_new: int, num_drafts: int) -> None:
+    """Who gets drafts: one whose next token is chosen now, for whom they are wished, with room for all and one more."""
+    id_, params = request.id, request.params
+    methods = {each.method: each for each in config.speculative}
+    assert params.speculative_method != OFF and methods, f"I11: {id_} has drafts and wants none"
+    most = methods.get(params.speculative_method or "", config.speculative[0]).num_speculative_tokens
+    most = most if params.num_speculative_tokens is None else params.num_speculative_tokens
+    assert 0 < num_drafts <= most, f"I11: {id_} has {num_drafts} drafts, of {most} at most"
+    is_decode = num_new == 1 and request.num_computed + 1 == request.num_tokens and not request.num_promised
+    assert is_decode, f"I9: {id_} has drafts behind a token that is not its last"
+    assert not request.is_steered and not request.pending_forks, f"I9: {id_} has drafts, and others choose its token"
+    num_output, num_tokens = request.num_output + num_drafts + 1, request.num_tokens + num_drafts + 1
+    assert num_output <= request.max_tokens, f"I9: {id_} would get {num_output} tokens of {request.max_tokens}"
+    assert num_tokens <= config.max_model_len, f"I9: {id_} would have {num_tokens} tokens, beyond max_model_len"
 
 
 def check_drained(engine: Engine) -> None:
@@ -116,6 +139,15 @@ def _check_ownership(engine: Engine) -> None:
     host_ids = [id_ for request in owners for id_ in request.host_ids]
     all_host_ids = sorted([*host_ids, *engine.scheduler.swap.free_ids])
     assert all_host_ids == list(range(1, engine.config.num_host_blocks + 1)), f"I2: host blocks {all_host_ids}"
+
+
+def begins_as_one_who_runs(engine: Engine, request: Request) -> bool:
+    """Whether one that runs begins with half of a request's tokens, to a block, and the request could find them."""
+    size = engine.config.block_size
+    others = [other.token_ids for other in engine.scheduler.running if other.salt == request.salt]
+    ends = range(size, request.num_tokens, size)
+    shared = max((end for end in ends for ids in others if ids[:end] == request.token_ids[:end]), default=0)
+    return shared > 0 and 2 * (shared + size) > request.num_tokens and request.params.prompt_logprobs is None
 
 
 def _check_free_list(pool: BlockPool) -> None:

@@ -9,13 +9,16 @@ touch; K and V of the tokens that its requests see, of blocks that several share
 gave a token, written and read. Logits of prompts whose logprobs are wanted are not told by events, nor counted.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from weakref import WeakSet
 
 import torch
 
 from minivllm.course.calculators import Accelerator, accelerator
+from minivllm.draft_events import BlocksTrimmed, DraftJudged
+from minivllm.errors import ConfigError
 from minivllm.events import (
     BlockCopied,
     BlockExchanged,
@@ -35,6 +38,7 @@ from minivllm.weights import find_model
 
 NULL_BLOCK = 0
 Table = dict[int, int]  # block id -> group of layers
+_KEPT = WeakSet[LLM]()
 
 
 class Ledger:
@@ -45,10 +49,13 @@ class Ledger:
         self.work, self.machine, self.block_bytes = work, accelerator(machine), block_bytes
         self.machine.flops_of(work.dtype)  # a machine without a figure for the type is refused now
         self.sharing = SharedBlocks(len(block_bytes))
+        self._num_drafted: dict[str, int] = {}  # by request, in the step that runs
 
     @classmethod
     def of(cls, llm: LLM, machine: Accelerator | str | None = None) -> "Ledger":
         """For this engine, whatever it is doing now; without a `machine` its rates are measured, once in a process."""
+        if not isinstance(llm, LLM):
+            raise ConfigError(f"the ledger follows an LLM: keep_ledger(LLM(...)), not {type(llm).__name__}")
         dtype = llm.model_config.dtype
         work = ModelWork(find_model(str(llm.model), "dummy").config, dtype)
         ledger = cls(work, machine or _roofs(llm.device, dtype), block_bytes_by_group(llm))
@@ -59,14 +66,19 @@ class Ledger:
 
     def apply(self, event: Event) -> StepCosted | None:
         """Take in one event; of a step that ran, its cost."""
+        if isinstance(event, DraftJudged):
+            self._num_drafted[event.request_id] = len(event.draft_token_ids)
         if not isinstance(event, StepRan):
             self.sharing.apply(event)
             return None
-        ids, new, stored = zip(*event.scheduled, strict=True) if event.scheduled else ((), (), ())
+        drafted, self._num_drafted = self._num_drafted, {}
+        computed = [self._with_rejected(*each, drafted) for each in event.scheduled]
+        ids, new, stored = zip(*computed, strict=True) if computed else ((), (), ())
         self.sharing.begin_step(event.step, ids)
         got_token, _ = zip(*event.new_tokens, strict=True) if event.new_tokens else ((), ())
         # of samples that fork off a prompt all draw from its row
         num_logits = len(ids) if got_token == ids else len({*ids}.intersection(got_token))
+        num_logits += sum(drafted.values())
         shared = sum(n * size for n, size in zip(self.sharing.num_spared, self.block_bytes, strict=True))
         floor = self.work.floor_of(new, stored, num_logits, self.machine, shared)
         self.sharing.end_step(event.step)
@@ -74,6 +86,12 @@ class Ledger:
             event.step, floor.weight_bytes, floor.kv_bytes + floor.stored_bytes, floor.logit_bytes, floor.flops,
             floor.ms, event.run_ms, max(floor.compute_ms - floor.read_ms, 0.0),
         )  # fmt: skip
+
+    @staticmethod
+    def _with_rejected(id_: str, num_new: int, stored: int, drafted: Mapping[str, int]) -> tuple[str, int, int]:
+        """A request's tokens of the step, and stored after it, with the drafts that fell."""
+        num_computed = 1 + drafted[id_] if id_ in drafted else num_new
+        return id_, num_computed, stored + num_computed - num_new
 
 
 def block_bytes_by_group(llm: LLM) -> list[int]:
@@ -102,7 +120,7 @@ class SharedBlocks:
     def apply(self, event: Event) -> None:
         if isinstance(event, BlocksTaken | PrefixHit | Forked | SwappedIn | BlockCopied):
             self._growing.append(event)
-        elif isinstance(event, BlocksReleased | BlocksDropped | BlockExchanged):
+        elif isinstance(event, BlocksReleased | BlocksDropped | BlocksTrimmed | BlockExchanged):
             self._ending.append(event)
 
     def begin_step(self, step: int, request_ids: tuple[str, ...]) -> None:
@@ -128,7 +146,7 @@ class SharedBlocks:
                     table = self._tables.pop(id_, {})
                     if id_ in self._active:
                         self._leave(table)
-                case BlocksDropped(request_id=id_):
+                case BlocksDropped(request_id=id_) | BlocksTrimmed(request_id=id_):
                     self._drop(id_, event.block_ids)
                 case BlockExchanged(request_id=id_):
                     self._replace(id_, event.block_id, event.cached_id)
@@ -191,9 +209,12 @@ def keep_ledger(llm: LLM, machine: Accelerator | str | None = None) -> Iterator[
     """Under `with`, each StepRan of `llm.events` is followed by a StepCosted, for whoever listens or records.
 
     The machine's rates are measured in the process, once, unless an Accelerator is given, or its name. Raises
-    ConfigError where that has no figure for the model's type.
+    ConfigError where that has no figure for the model's type, and for an engine whose ledger is kept already.
     """
+    if llm in _KEPT:
+        raise ConfigError("keep_ledger: a ledger of this LLM is kept already; each step would be told twice")
     ledger = Ledger.of(llm, machine)
+    _KEPT.add(llm)
 
     def follow(event: Event) -> None:
         if cost := ledger.apply(event):
@@ -203,6 +224,7 @@ def keep_ledger(llm: LLM, machine: Accelerator | str | None = None) -> Iterator[
     try:
         yield ledger
     finally:
+        _KEPT.discard(llm)
         stop()
 
 

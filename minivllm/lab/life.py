@@ -4,13 +4,14 @@ The runner is the fake one, so a life needs no model, and each answer can be com
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import StepPlan
 from minivllm.engine_config import EngineConfig
 from minivllm.errors import RequestError
 from minivllm.events import Event
-from minivllm.lab.fake_runner import FakeRunner
+from minivllm.lab.fake_runner import FakeRunner, fake_drafts
 from minivllm.lab.free_list_twin import FreeListTwin
 from minivllm.lab.invariants import check_drained, check_invariants, check_plan, most_steps_to_drain
 from minivllm.lab.witness import Witness
@@ -27,9 +28,15 @@ class Life:
     """An engine with a fake runner, its witnesses, and what each request was born with and given since."""
 
     def __init__(
-        self, config: EngineConfig, seen: Counter[str], is_patient: bool = False, is_async: bool = False
+        self,
+        config: EngineConfig,
+        seen: Counter[str],
+        is_patient: bool = False,
+        is_async: bool = False,
+        alpha: float = 0.7,
     ) -> None:
-        self.runner = FakeRunner(config.block_size, VOCAB_SIZE, config.group_windows)
+        drafts = fake_drafts(config, alpha)
+        self.runner = FakeRunner(config.block_size, VOCAB_SIZE, config.group_windows, drafts)
         self.runner.is_async = is_async
         self.engine = Engine(config, self.runner)
         is_lru = config.eviction_policy == "lru" and config.prefix_cache == "hash"
@@ -243,12 +250,17 @@ class Life:
         chunks = [r.num_computed + n < r.num_expected for r, n in plan.scheduled]
         self.seen["chunk"] += any(chunks)
         self.seen["chunk beside decode"] += any(chunks) and any(r.num_output for r, _ in plan.scheduled)
+        self.seen["drafts beside a prompt"] += bool(plan.num_drafts) and any(n > 1 for _, n in plan.scheduled)
+        self.seen["drafts in a window"] += bool(plan.num_drafts) and any(
+            t.num_dropped for r, _ in plan.scheduled for t in r.tables
+        )
         first_waiting = min((r.arrival for r in self.engine.scheduler.waiting), default=0)
         self.seen["overtaken"] += any(r.arrival > first_waiting > 0 for r, _ in plan.scheduled)
 
     def _disturb(self, plan: StepPlan) -> None:
         if self.abort_next in self.engine.requests:
             self.seen["abort in a step"] += self.engine.abort(self.abort_next)
+            self.seen["abort in a step with drafts"] += self.abort_next in plan.num_drafts
         if self.fails_next:
             self.fails_next = False
             others = [r for r in self.engine.requests.values() if r not in [s for s, _ in plan.scheduled]]
@@ -262,8 +274,9 @@ def alone(request: Request, birth: list[int], given: list[int], eos: tuple[int, 
         num_blocks=9, block_size=16, max_model_len=128, enable_prefix_caching=False, eos_token_ids=eos
     )
     engine = Engine(config, FakeRunner(config.block_size, VOCAB_SIZE))
+    params = replace(request.params, speculative_method=None)  # nobody drafts here
     twin = Request(
-        request.id, list(birth), request.num_prompt, request.params, request.max_tokens, seed=request.seed,
+        request.id, list(birth), request.num_prompt, params, request.max_tokens, seed=request.seed,
         is_steered=request.is_steered,
     )  # fmt: skip
     engine.add(twin)

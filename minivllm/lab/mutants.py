@@ -1,16 +1,23 @@
-"""The faults of museum.py as code: each function stands in for one of the engine's and does one thing wrong.
+"""The faults of faults.py as code: each function stands in for one of the engine's and does one thing wrong.
 
 Where a mutant needs the function that it replaces, it knows it by the name given here, with an underscore at the end.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from minivllm.engine.block_pool import NULL_BLOCK, Block, BlockPool
+from minivllm.engine.drafting import Drafting
 from minivllm.engine.eviction import Eviction
 from minivllm.engine.kv_manager import KVManager
+from minivllm.engine.plan import StepResult
 from minivllm.engine.prefix_cache import HashChainCache, Hit, chain_hash
 from minivllm.engine.radix_cache import RadixCache
 from minivllm.engine.scheduler import Scheduled, Scheduler
 from minivllm.engine.swap import SwapSpace
 from minivllm.engine.tables import held_ids, num_unseen
+from minivllm.engine.under_way import Computing
+from minivllm.engine_config import EngineConfig
 from minivllm.events import BlocksDropped, BlocksReleased
 from minivllm.request import BlockTable, Request, Status
 
@@ -21,6 +28,7 @@ admit_waiting_, begin_, finish_, preempt_ = (
     Scheduler._admit_waiting, Scheduler._begin, Scheduler.finish, Scheduler._preempt,
 )  # fmt: skip
 radix_match_ = RadixCache.match
+plan_drafts_, book_ = Drafting.plan, Drafting.book
 
 
 def keep_the_map(cache: HashChainCache, block: Block) -> None:
@@ -215,6 +223,37 @@ def begin_and_count_again(scheduler: Scheduler, request: Request, hit: Hit, num_
     request.num_cached = request.num_computed
 
 
-def admit_with_a_budget_of_its_own(scheduler: Scheduler, budget: int) -> Scheduled:
+def admit_with_a_budget_of_its_own(scheduler: Scheduler, budget: int, others: Computing) -> Scheduled:
     """Guests may use the whole budget, whatever those who run have used of it."""
-    return admit_waiting_(scheduler, scheduler.config.max_num_batched_tokens)
+    return admit_waiting_(scheduler, scheduler.config.max_num_batched_tokens, others)
+
+
+def keep_the_tail(kv: KVManager, request: Request) -> None:
+    """The blocks of a rejected tail stay in the table."""
+
+
+def count_rejected_as_computed(drafting: Drafting, request: Request, result: StepResult, step: int) -> None:
+    """K and V of drafts that fell are taken for those of tokens that are still to come."""
+    judged = result.judged.get(request.id)
+    if judged is not None and not request.is_finished:
+        request.num_computed += len(judged.draft_token_ids) - judged.num_accepted
+    book_(drafting, request, result, step)
+
+
+def publish_drafts(drafting: Drafting, request: Request, result: StepResult, step: int) -> None:
+    """Blocks are full when they hold drafts, too, whatever became of these."""
+    judged, kv = result.judged.get(request.id), drafting._kv
+    if judged is not None and not request.is_finished:
+        token_ids, num_computed = request.token_ids, request.num_computed
+        request.token_ids = [*token_ids[:num_computed], *judged.draft_token_ids[judged.num_accepted :]]
+        request.num_computed = len(request.token_ids)
+        publish_(kv, request)
+        request.token_ids, request.num_computed = token_ids, num_computed
+    book_(drafting, request, result, step)
+
+
+def draft_beyond_the_budget(
+    drafting: Drafting, scheduled: Sequence[tuple[Request, int]], limits: EngineConfig
+) -> dict[str, int]:
+    """Drafts are no tokens to whoever counts the budget."""
+    return plan_drafts_(drafting, scheduled, replace(limits, max_num_batched_tokens=1 << 20))

@@ -1,12 +1,14 @@
 """Random lives: odd sizes, tiny pools, every policy, and all that users do, in any order; pressure is the rule."""
 
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 from minivllm.engine_config import CHOICES, WHOLE_PROMPTS, EngineConfig, capacity_tokens
 from minivllm.lab.life import VOCAB_SIZE, Life
 from minivllm.request import Request, SamplingParams
+from minivllm.speculative_config import OFF, SpeculativeConfig
 
 BLOCK_SIZES = (1, 2, 3, 5, 8, 16)
 PREFIXES = [[Random(seed).randrange(VOCAB_SIZE) for _ in range(80)] for seed in range(3)]
@@ -30,7 +32,8 @@ def live_once(config: EngineConfig, random: Random, seen: Counter[str], *, is_as
     """One engine from its first request to its last."""
     for name in CHOICES:
         seen[f"{name} {getattr(config, name)}"] += 1
-    life = Life(config, seen, is_patient=random.random() < 0.3, is_async=is_async)
+    is_patient, alpha = random.random() < 0.3, random.choice((0.0, 0.3, 0.7, 0.95))
+    life = Life(config, seen, is_patient, is_async and not config.speculative, alpha)
     for _ in range(ACTIONS_PER_LIFE):
         act_at_random(life, random)
     life.drain()
@@ -57,6 +60,7 @@ def random_config(random: Random, **fixed: Any) -> EngineConfig:
         "group_windows": random_windows(random),
         "watermark": random.choice((0.0, 0.01, 0.1, 0.3)),
         "eos_token_ids": random.choice(((), (), (0,))),
+        "speculative": random_drafters(random),
     }
     if options["group_windows"] != (None,) and random.random() < 0.7:  # the only cache that goes with windows
         options |= {"prefix_cache": "hash", "eviction_policy": "lru"}
@@ -72,12 +76,30 @@ def fitting(**options: Any) -> EngineConfig:
         options["group_windows"] = (None,)
     if options["allocator"] != "paged" or _room(options) < 2:
         options["group_windows"] = options["group_windows"][:1]
+    if options["allocator"] != "paged":
+        options["speculative"] = ()
+    if len(options["group_windows"]) > 1:
+        options["speculative"] = tuple(each for each in options.get("speculative", ()) if each.method == "ngram")
     options["max_model_len"] = min(options["max_model_len"], _room(options))
     if options["preemption_mode"] != "swap":
         options["num_host_blocks"] = 0
     if _keeps_whole(options):
         options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], options["max_model_len"])
     return EngineConfig(**options)
+
+
+def random_drafters(random: Random) -> tuple[SpeculativeConfig, ...]:
+    """None, one or two, of fixed or adaptive length; what they propose is the fake runner's affair."""
+    return tuple(
+        SpeculativeConfig(
+            method,
+            num_speculative_tokens=random.choice((1, 2, 4, 4, 7)),
+            adaptive=random.random() < 0.4,
+            max_step_tokens=random.choice((None, None, 6, 40)),
+            disable_by_batch_size=random.choice((None, None, None, 3)),
+        )
+        for method in random.choice(((), (), ("ngram",), ("ngram",), ("ngram", "early_exit")))
+    )
 
 
 def random_windows(random: Random) -> tuple[int | None, ...]:
@@ -151,7 +173,7 @@ def random_request(life: Life, random: Random) -> Request:
     longest = config.max_model_len + (2 if random.random() < 0.05 else -1)
     tail = [random.randrange(VOCAB_SIZE) for _ in range(random.randrange(4))]
     prompt = (PREFIXES[random.randrange(3)][: random.randint(0, longest)] + tail)[:longest]
-    params = random_params(random)
+    params = random_params(random, list(life.engine.scheduler.drafting.configs))
     priority, salt, kind = random.randint(-1, 2), random.choice(("", "", "a")), random.random()
     num_samples = random.randint(2, 4) if kind < 0.25 else 1
     leader, *forks = (
@@ -172,7 +194,7 @@ def random_request(life: Life, random: Random) -> Request:
     return leader
 
 
-def random_params(random: Random) -> SamplingParams:
+def random_params(random: Random, methods: Sequence[str] = ()) -> SamplingParams:
     max_tokens = random.choice((1, 3, 7, 12, 30, 30, None))
     return SamplingParams(
         max_tokens=max_tokens,
@@ -180,4 +202,6 @@ def random_params(random: Random) -> SamplingParams:
         ignore_eos=random.random() < 0.3,
         stop_token_ids=random.choice((None, None, None, None, [1], [2, 5])),
         prompt_logprobs=random.choice((None,) * 9 + (1,)),
+        num_speculative_tokens=random.choice((None, None, None, 0, 1, 5)),
+        speculative_method=random.choice((None, None, None, OFF, *methods)),
     )

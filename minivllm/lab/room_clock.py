@@ -3,7 +3,16 @@
 import time
 from math import inf
 
+from minivllm.errors import ConfigError, short
+
 LONGEST_NAP_S = 0.02  # between two looks at what was asked
+
+
+def step_seconds(step_s: float | None) -> float | None:
+    """What a step may count. Raises ConfigError for anything but a number above 0, or None."""
+    if step_s is None or (isinstance(step_s, int | float) and not isinstance(step_s, bool) and 0 < step_s < inf):
+        return step_s
+    raise ConfigError(f"a step counts seconds, a number above 0, or None for those of the clock, not {short(step_s)}")
 
 
 class RoomClock:

@@ -7,6 +7,7 @@ from random import Random
 
 from minivllm.course.engine_frames import Load
 from minivllm.engine_config import EngineConfig
+from minivllm.errors import ConfigError, short
 from minivllm.lab.corpus import help_topics
 from minivllm.llm import LLM
 
@@ -91,8 +92,11 @@ def choices_of(config: EngineConfig) -> dict[str, tuple[float, ...]]:
     }
 
 
-def possible(load: Load, choices: Mapping[str, Sequence[float]]) -> Load:
-    """The nearest that the sliders have."""
+def possible(load: Load | None, choices: Mapping[str, Sequence[float]]) -> Load:
+    """The nearest that the sliders have; None is the usual load. Raises ConfigError for what is no Load."""
+    load = Load() if load is None else load
+    if not isinstance(load, Load):
+        raise ConfigError(f"the load of an engine room is a Load, such as Load(rate=4), not {short(load)}")
     for name, value in asdict(load).items():
         load = load.changed(name, nearest(choices[name], value))
     return load

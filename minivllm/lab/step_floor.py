@@ -99,22 +99,25 @@ class ModelWork:
 
 def measured_roofs(device: str, dtype: str) -> Accelerator:
     """The best of some reads of one big tensor, and of some products of square matrices, in this process."""
-    num_bytes, side = (4 << 30, 8192) if device == "cuda" else (1 << 28, 1024)
+    num_bytes = 4 << 30 if device == "cuda" else 1 << 28
+    sides = (8192,) if device == "cuda" else (256, 512, 1024)  # a CPU's caches hold the small ones
     if device == "cuda":  # an engine may have left little
         num_bytes = min(num_bytes, torch.cuda.mem_get_info()[0] // 4) // 4 * 4
     numbers = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(numbers)
-    square = torch.randn(side, side, device=device).to(getattr(torch, dtype))
     read_s = _best_seconds(lambda: numbers.sum(), device)
     copy_s = _best_seconds(lambda: target.copy_(numbers), device)
-    product_s = _best_seconds(lambda: square @ square, device)
+    flops = max(_product_flops(side, device, getattr(torch, dtype)) for side in sides)
     facts = provenance(0)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{facts['machine']}, {facts['threads']} threads"
     bandwidth = max(num_bytes / read_s, 2 * num_bytes / copy_s)
     short_name = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-    return Accelerator(
-        str(name), num_bytes, bandwidth, {short_name: 2 * side**3 / product_s}, "measured in this process"
-    )
+    return Accelerator(str(name), num_bytes, bandwidth, {short_name: flops}, "measured in this process")
+
+
+def _product_flops(side: int, device: str, dtype: torch.dtype) -> float:
+    square = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / _best_seconds(lambda: square @ square, device)
 
 
 def _best_seconds(run: Callable[[], object], device: str) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,13 +191,19 @@ def wrong_positions(llm: LLM, wrong: Callable[[torch.Tensor], torch.Tensor]) -> 
     Slots and block tables stay right, so nothing fails.
     """
 
-    def misplace(model: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        token_ids, positions, *others = given
-        is_decode = len(token_ids) == 1 and int(positions[0]) > 0
-        return (token_ids, wrong(positions), *others) if is_decode else None
+    model = llm.runner.model
+    hidden = model.hidden
 
-    with llm.runner.by_modules(), _removed([llm.runner.model.register_forward_pre_hook(misplace)]):
-        yield
+    def misplaced(token_ids: torch.Tensor, positions: torch.Tensor, *others: Any) -> torch.Tensor:
+        is_decode = len(token_ids) == 1 and int(positions[0]) > 0
+        return hidden(token_ids, wrong(positions) if is_decode else positions, *others)
+
+    with llm.runner.by_modules():
+        model.hidden = misplaced  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del model.hidden
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from minivllm.draft_events import DraftJudged
 from minivllm.engine.block_pool import NULL_BLOCK, Block, CacheEntry
 from minivllm.engine.engine import Engine
 from minivllm.engine.plan import Move, StepPlan, Transfer
@@ -24,6 +25,8 @@ from minivllm.events import (
     SwappedOut,
     Waited,
 )
+from minivllm.lab.draft_witness import DraftWitness
+from minivllm.lab.invariants import begins_as_one_who_runs
 from minivllm.request import Request
 
 FINISH_REASONS = ("stop", "length", "abort")
@@ -46,6 +49,8 @@ class Witness:
         self._lost_to: dict[str, list[CacheEntry]] = {}  # and by whom they were taken in this step
         self._copied: set[tuple[str, int, int]] = set()  # request, group, index in its table: private since then
         self._num_cached: dict[str, int] = {}  # prompt tokens found at the first admission
+        self._drafts = DraftWitness(engine, seen)
+        self._passed: tuple[int, set[str]] = 0, set()  # step, and who was passed over in it
         self._swapped: Event | None = None  # the last swap, told just before the preemption or admission it belongs to
 
     def __call__(self, event: Event) -> None:
@@ -67,6 +72,8 @@ class Witness:
             case BlockExchanged():
                 self._book_user(event.request_id, event.cached_id)
                 self.seen["exchange with an idle one"] += self.engine.kv.pool.blocks[event.cached_id].ref_count == 1
+            case DraftJudged():
+                self._drafts.judge(event)
             case Evicted():
                 self._judge_eviction(self.engine.kv.pool.blocks[event.block_id])
             case BlocksTaken():
@@ -76,6 +83,7 @@ class Witness:
 
     def check(self) -> None:
         """I7: what a request is said to have found is what its first admission found, or what it was forked with."""
+        self._drafts.check()
         for request in self.engine.requests.values():
             found = self._num_cached.get(request.id, 0)
             assert request.num_cached == found, f"I7: {request.id} counts {request.num_cached} cached, not {found}"
@@ -93,7 +101,9 @@ class Witness:
             "no_blocks": True,
             "just_preempted": True,
             "batch_runs": config.fills_batches and len(scheduler.running) + len(scheduler.lingering) > 0,
+            "prefix_under_way": begins_as_one_who_runs(self.engine, self.engine.requests[event.request_id]),
         }
+        self._passed = event.step, {event.request_id} | (self._passed[1] if self._passed[0] == event.step else set())
         assert truths.get(event.reason), f"I15: {event.request_id} waits for the reason {event.reason}"
         self.seen[f"Waited {event.reason}"] += 1
 
@@ -108,7 +118,8 @@ class Witness:
         }
         assert truths.get(event.reason), f"I15: {request.id} was admitted for the reason {event.reason}"
         self.seen[f"Admitted {event.reason}"] += 1
-        overtaken = [r.id for r in engine.scheduler.waiting if self._key(r) < self._key(request) and self._is_firm(r)]
+        before = [r for r in engine.scheduler.waiting if self._key(r) < self._key(request) and self._is_firm(r)]
+        overtaken = {r.id for r in before} - (self._passed[1] if self._passed[0] == event.step else set())
         assert not overtaken, f"I15: {request.id} overtook {overtaken}"
         if self._swapped is None:
             self._judge_hit(request, event.num_computed)
@@ -214,6 +225,7 @@ class Witness:
         self._entries[block.id] = block.entry
         self._num_hits[block.id], self._priorities[block.id] = 0, request.priority
         table = request.tables[event.group]
+        self._drafts.note(request, table.block_ids.index(block.id), block.entry)
         before = table.block_ids[table.num_dropped : table.block_ids.index(block.id)]
         self.seen["companion"] += event.group > 0
         self.seen["duplicate block"] += any(self.engine.kv.pool.blocks[id_].entry is None for id_ in before)

@@ -47,8 +47,22 @@ class Decoder(nn.Module):
         attention: Attention | LatentAttention,
     ) -> torch.Tensor:
         """Logits [R, vocab] of the tokens that `logit_rows` names among the T new ones."""
-        x = self.embed(token_ids)  # [T, hidden]
+        return self.logits(self.hidden(token_ids, positions, attention)[logit_rows])
+
+    def hidden(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention | LatentAttention,
+        num_layers: int | None = None,
+    ) -> torch.Tensor:
+        """The residual stream [T, hidden] behind the first `num_layers` layers; None: all."""
+        x = self.embed(token_ids)
         cos, sin = self.rope.angles(positions, x.dtype)
-        for layer in self.layers:
+        for layer in self.layers[:num_layers]:
             x = layer(x, cos, sin, attention)
-        return self.lm_head(self.norm(x[logit_rows]))
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, vocab] from the residual stream [R, hidden]."""
+        return self.lm_head(self.norm(hidden))

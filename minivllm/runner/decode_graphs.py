@@ -1,6 +1,6 @@
-"""Steps of one token per request, as one CUDA graph for each size of batch: body, logits and sampling in one launch.
+"""Steps of single queries, as one CUDA graph for each size of batch: body, logits and sampling in one launch.
 
-    requests   1  2 ... 8  9 ... 16  17 ... 24  ...
+    rows       1  2 ... 8  9 ... 16  17 ... 24  ...      one for each request, and one for each draft
     size       1  8 ... 8  16 ... 16  24 ... 24  ...     rows behind the batch are padding
 
 A product of 8 rows takes no longer than one of 2 (kernels/NOTES.md), so there is nothing between 1 and 8.
@@ -11,8 +11,10 @@ Steps that read prefixes once for many rows (shared_prefix.py) have graphs of th
 than the padding costs. Which rows share, and how much, lies in the device's memory, so it may change from step to step.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -51,18 +53,20 @@ class DecodeSteps:
         self, model: "FusedLlama", buffers: StepBuffers, sampler: "KernelSampler", logits: torch.Tensor,
         prefixes: SharedPrefixes | None = None,
     ) -> None:  # fmt: skip
-        self.sizes = batch_sizes(len(logits)) if prefixes is None else shared_sizes(len(logits))
+        limits = buffers.limits
+        self.sizes = shared_sizes(limits.max_num_seqs) if prefixes else batch_sizes(limits.max_rows)
         self.prefixes = prefixes
+        self.hidden: torch.Tensor | None = None  # [rows, hidden] for who wants the last layer's output
         self.graphs: dict[int, Graph] = {}
         self._model, self._buffers, self._sampler, self._logits = model, buffers, sampler, logits
 
-    def padded(self, num_requests: int) -> int:
+    def padded(self, num_rows: int) -> int:
         """The least size that holds the batch."""
-        return next(size for size in self.sizes if size >= num_requests)
+        return next(size for size in self.sizes if size >= num_rows)
 
-    def run(self, num_requests: int) -> None:
+    def run(self, num_rows: int) -> None:
         """Compute the step that is loaded; by its graph, if there is one."""
-        size = self.padded(num_requests)
+        size = self.padded(num_rows)
         if size in self.graphs:
             self.graphs[size].replay()
         else:
@@ -73,18 +77,24 @@ class DecodeSteps:
         buffers, batch = self._buffers, self._buffers.singles(size)
         if self.prefixes is not None:
             batch = replace(batch, prefixes=self.prefixes.of_rows(size))
-        logits = self._model.head(*self._model.body(batch), out=self._logits[:size])
+        x, residual = self._model.body(batch)
+        if self.hidden is not None:
+            torch.add(x, residual, out=self.hidden[:size])
+        logits = self._model.head(x, residual, out=self._logits[:size])
         self._sampler(logits, buffers.temperatures, buffers.seeds, buffers.num_tokens)
 
     def capture(self, pool: Any, *, show_progress: bool) -> None:
         """Capture a graph for each size; the rows loaded now must be padding, for each is computed once before."""
-        bar = tqdm(list(reversed(self.sizes)), desc="Capturing CUDA graphs", disable=not show_progress, leave=False)
-        for size in bar:
-            self.compute(size)  # compiles what is new: nothing may be loaded during a capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            recording: AbstractContextManager[None] = torch.cuda.graph(graph, pool=pool)
-            with recording:
-                self.compute(size)
-            self.graphs[size] = graph
-        torch.cuda.synchronize()
+        for size in tqdm(self.sizes[::-1], desc="Capturing CUDA graphs", disable=not show_progress, leave=False):
+            self.graphs[size] = captured(partial(self.compute, size), pool)
+
+
+def captured(compute: Callable[[], None], pool: Any) -> Graph:
+    """A graph of what `compute` launches, after one run that compiles what is new: a capture may load nothing."""
+    compute()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    recording: AbstractContextManager[None] = torch.cuda.graph(graph, pool=pool)
+    with recording:
+        compute()
+    return graph

@@ -19,11 +19,11 @@ from minivllm.runner.step_buffers import StepBuffers
 class KernelSampler:
     """The kernel, its workspace, and where the chosen tokens lie."""
 
-    def __init__(self, max_num_seqs: int, device: str) -> None:
-        self.token_ids = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._partial = torch.empty(max_num_seqs, MAX_TILES, dtype=torch.int64, device=device)
-        self._arrivals = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._floors = torch.empty(max_num_seqs, dtype=torch.float32, device=device)
+    def __init__(self, max_rows: int, device: str) -> None:
+        self.token_ids = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._partial = torch.empty(max_rows, MAX_TILES, dtype=torch.int64, device=device)
+        self._arrivals = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._floors = torch.empty(max_rows, dtype=torch.float32, device=device)
 
     def filtered(self, logits: torch.Tensor, buffers: StepBuffers) -> None:
         """Choose again, now from what each row's top_k, top_p and min_p leave; rows without get the same token."""

@@ -43,8 +43,8 @@ class KVStorage:
         shape = (self.groups.num_rows, planes, num_blocks, block_size, heads, size)
         host_shape = (*shape[:2], num_host_blocks + 1, *shape[3:])  # its ids count from 1, too
         self.block_size = block_size
-        self.data = _zeros(shape, dtype, device)
-        self.host = _zeros(host_shape, dtype, "cpu") if num_host_blocks else self.data[:, :, :0]
+        self.data = zeros(shape, dtype, device)
+        self.host = zeros(host_shape, dtype, "cpu") if num_host_blocks else self.data[:, :, :0]
         if num_host_blocks and device == "cuda":
             self.host = self.host.pin_memory()  # the device copies from and to it without a detour
         value_size = config.mla.kv_lora_rank if config.mla else size
@@ -62,14 +62,7 @@ class KVStorage:
 
     def move(self, transfers: list[Transfer]) -> None:
         """Copy whole blocks, over all layers, one after the other: a later one may overwrite what an earlier read."""
-        ends = {
-            Move.COPY: (self.data, self.data),
-            Move.SWAP_OUT: (self.data, self.host),
-            Move.SWAP_IN: (self.host, self.data),
-        }
-        for transfer in transfers:
-            source, target = ends[transfer.move]
-            target[:, :, transfer.target_id].copy_(source[:, :, transfer.source_id])
+        move_blocks(self.data, self.host, transfers)
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
         """A block's contents over all its layers, bit by bit."""
@@ -90,16 +83,30 @@ class KVStorage:
         return self.rows[row].k[block, offset], self.rows[row].v[block, offset]
 
 
+def move_blocks(data: torch.Tensor, host: torch.Tensor, transfers: list[Transfer]) -> None:
+    """Copy whole blocks between and within [rows, planes, blocks, ...] of a device and of its host."""
+    ends = {Move.COPY: (data, data), Move.SWAP_OUT: (data, host), Move.SWAP_IN: (host, data)}
+    for transfer in transfers:
+        source, target = ends[transfer.move]
+        target[:, :, transfer.target_id].copy_(source[:, :, transfer.source_id])
+
+
 def block_bytes(config: ModelConfig, block_size: int, groups: LayerGroups) -> int:
     """Bytes of one block over the layers it serves: 16 tokens of SmolLM2 in bf16, all 30 layers -> 368,640."""
     return config.kv_bytes_per_token // config.num_layers * groups.num_rows * block_size
 
 
-def blocks_in(memory_bytes: int, config: ModelConfig, block_size: int, groups: LayerGroups) -> int:
-    """Blocks that a byte budget buys, the null block included. Raises ConfigError when that is not even one token."""
-    num_blocks = memory_bytes // block_bytes(config, block_size, groups)
+def blocks_in(
+    memory_bytes: int, config: ModelConfig, block_size: int, groups: LayerGroups, drafter_bytes: int = 0
+) -> int:
+    """Blocks that a byte budget buys, the null block included, where drafters keep some bytes of a token, too.
+
+    Raises ConfigError when that is not even one token.
+    """
+    own_bytes = block_bytes(config, block_size, groups) + drafter_bytes * block_size
+    num_blocks = memory_bytes // own_bytes
     if num_blocks < 2:
-        needed = 2 * block_bytes(config, block_size, groups)
+        needed = 2 * own_bytes
         raise ConfigError(
             f"kv_cache_memory of {memory_bytes:,} bytes is less than two blocks of {block_size} tokens "
             f"({needed:,} bytes): raise kv_cache_memory or lower block_size"
@@ -107,9 +114,10 @@ def blocks_in(memory_bytes: int, config: ModelConfig, block_size: int, groups: L
     return num_blocks
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros; on a CPU they cost no memory until they are used."""
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zero pages, which cost nothing until they are used; torch.zeros would write them all.
+    # numpy asks the system for zero pages; torch.zeros would write them all.
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -1,6 +1,6 @@
 """Weights into a built model: which checkpoint tensor fills which slice of which parameter, or seeded noise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def build_model(config: ModelConfig, weight_files: list[Path], seed: int, device
         if weight_files:
             _load_files(model, config, weight_files)
         else:
-            _fill_with_noise(model, seed)
+            fill_with_noise(model.named_parameters(), seed)
     if device == "cpu" and can_prepack(dtype):
         prepack_linears(model)
     if config.batch_invariant:
@@ -115,9 +115,9 @@ def _rows(name: str, num_rows: int, config: ModelConfig) -> slice:
     return slice(*places[part]) if part in places else slice(None)
 
 
-def _fill_with_noise(model: nn.Module, seed: int) -> None:
+def fill_with_noise(parameters: Iterable[tuple[str, torch.Tensor]], seed: int) -> None:
     """Norms at 1, biases at 0, matrices normal with deviation 0.02: the same on every run with the same seed."""
-    for index, (name, parameter) in enumerate(model.named_parameters()):
+    for index, (name, parameter) in enumerate(parameters):
         if "norm" in name:
             parameter.fill_(1)
         elif name.endswith("bias"):

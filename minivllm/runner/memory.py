@@ -20,6 +20,7 @@ from minivllm.request import BlockTable, Request, SamplingParams
 from minivllm.runner.decode_graphs import batch_sizes, shared_sizes
 from minivllm.runner.device import GIB
 from minivllm.runner.kv_storage import KVStorage, block_bytes
+from minivllm.runner.mixed_graphs import mixed_shapes
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.step_buffers import StepLimits
 
@@ -59,8 +60,15 @@ def measure(
     by_steps = torch.cuda.max_memory_allocated() - before
     free_unused_memory()
     free, total = torch.cuda.mem_get_info()
-    num_graphs = len(batch_sizes(limits.max_num_seqs)) + len(shared_sizes(limits.max_num_seqs)) if has_graphs else 0
-    return GpuUse(total, total - free, by_steps, GRAPH_BYTES * num_graphs)
+    return GpuUse(total, total - free, by_steps, graph_bytes(limits, by_steps) if has_graphs else 0)
+
+
+def graph_bytes(limits: StepLimits, by_largest_step: int) -> int:
+    """What graphs will take: for each, and the tensors of the one of most tokens, as its share of the largest step."""
+    shapes = mixed_shapes(limits)
+    num_graphs = len(batch_sizes(limits.max_rows)) + len(shared_sizes(limits.max_num_seqs)) + len(shapes)
+    most_tokens = max(shape.num_tokens for shape in shapes)
+    return GRAPH_BYTES * num_graphs + by_largest_step * most_tokens // limits.max_num_batched_tokens
 
 
 def run_largest_step(model: Decoder, config: ModelConfig, groups: LayerGroups, limits: StepLimits, device: str) -> None:

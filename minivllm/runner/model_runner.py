@@ -3,8 +3,10 @@
 On a GPU, models of the Llama family that our kernels fit run fused (fused_steps.py); this file's way is for all others.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,13 +15,15 @@ import torch
 from minivllm.attention import LayerKV, choose_backend
 from minivllm.attention.grouped import GroupedAttention, group_configs
 from minivllm.config import ModelConfig
-from minivllm.engine.plan import Done, Launched, StepPlan, StepResult, TokenLogprobs, needs_token
+from minivllm.engine.plan import Done, Launched, StepPlan, StepResult, needs_token
 from minivllm.models.decoder import Decoder
 from minivllm.request import Request
 from minivllm.runner.batch import build_batches, logit_range
 from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.sampler import judge_prompt, sample, token_logprobs
+from minivllm.runner.speculation import Speculation
 from minivllm.runner.step_buffers import StepLimits
+from minivllm.speculative.proposer import Draft
 
 if TYPE_CHECKING:
     from minivllm.runner.fused_steps import FusedSteps
@@ -38,6 +42,7 @@ class ModelRunner:
         self.limits = limits
         self.fused = make_fused(model, config, storage, limits, device)
         self.schedules_ahead = False
+        self.speculation: Speculation | None = None
         self._backend = choose_backend(device, config)
         self._configs = group_configs(config, storage.groups)
         self._layers: list[LayerKV] = list(storage.layers)
@@ -45,7 +50,7 @@ class ModelRunner:
     @property
     def is_async(self) -> bool:
         """Whether steps are launched and not waited for."""
-        return self.schedules_ahead and self.fused is not None
+        return self.schedules_ahead and self.fused is not None and self.speculation is None
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every scheduled token, store its K and V, and sample where a request is up to date."""
@@ -57,30 +62,40 @@ class ModelRunner:
         self.storage.move(plan.transfers)
         if self.fused is None:
             self.storage.clear(plan.fresh_block_ids)  # our kernels never look at what is not stored
+        if self.speculation:
+            self.speculation.move(plan.transfers, plan.fresh_block_ids)
         if not plan.scheduled:
             return Done(StepResult({}), allows_next=True)
+        if self.speculation:
+            return Done(self._speculate(plan, self.speculation))
         return Done(self._choose_tokens(plan, self.logits(plan))) if self.fused is None else self.fused.launch(plan)
 
     @torch.inference_mode()
-    def logits(self, plan: StepPlan) -> torch.Tensor:
+    def logits(self, plan: StepPlan, drafts: Mapping[str, Draft] | None = None) -> torch.Tensor:
         """Compute every scheduled token and store its K and V; the logits that are wanted, [R, vocab]."""
         if self.fused is not None:
-            return self.fused.wanted_logits(plan)
-        batches = build_batches(plan, self.storage.block_size, self.device)
+            return self.fused.wanted_logits(plan, drafts or {})
+        guessed = {request_id: draft.token_ids for request_id, draft in (drafts or {}).items()}
+        batches = build_batches(plan, self.storage.block_size, self.device, guessed)
         parts = zip(self._configs, batches, strict=True)
         attentions = [self._backend(config, batch, self._layers) for config, batch in parts]
         attention = attentions[0] if len(attentions) == 1 else GroupedAttention(attentions, self.storage.groups)
-        return self.model(batches[0].token_ids, batches[0].positions, batches[0].logit_rows, attention)
+        hidden = self.model.hidden(batches[0].token_ids, batches[0].positions, attention)
+        if self.speculation:
+            self.speculation.follow(batches[0], hidden)
+        return self.model.logits(hidden[batches[0].logit_rows])
 
     @torch.inference_mode()
     def capture_graphs(self, *, show_progress: bool) -> None:
-        """Where steps run fused, make decode steps CUDA graphs: before the first plan, when all rows are padding."""
+        """Where steps run fused, make them CUDA graphs: before the first plan, when all rows are padding."""
         if self.fused is not None:
+            if self.speculation and self.speculation.needs_hidden:
+                self.fused.keep_hidden()
             self.fused.capture(show_progress=show_progress)
 
     @property
     def num_graphs(self) -> int:
-        return len(self.fused.decode.graphs) if self.fused else 0
+        return self.fused.num_graphs if self.fused else 0
 
     @contextmanager
     def by_modules(self) -> Iterator[None]:
@@ -92,10 +107,16 @@ class ModelRunner:
             self.fused = fused
 
     def twin(self, num_host_blocks: int) -> "ModelRunner":
-        """The same model, not a copy of it, on storage of its own that holds zeros; without graphs."""
+        """The same model, not a copy of it, on storage of its own that holds zeros; without graphs.
+
+        Raises ConfigError where drafters have storage of their own.
+        """
+        speculation = self.speculation.twin() if self.speculation else None
         num_blocks, block_size = self.storage.data.shape[2:4]
         storage = KVStorage(self.config, num_blocks, block_size, self.device, num_host_blocks, self.storage.groups)
-        return ModelRunner(self.model, self.config, storage, self.device, self.limits)
+        runner = ModelRunner(self.model, self.config, storage, self.device, self.limits)
+        runner.speculation = speculation
+        return runner
 
     def save_block(self, block_id: int, *, on_host: bool = False) -> bytes:
         return self.storage.save_block(block_id, on_host=on_host)
@@ -103,33 +124,53 @@ class ModelRunner:
     def load_block(self, block_id: int, contents: bytes, *, on_host: bool = False) -> None:
         self.storage.load_block(block_id, contents, on_host=on_host)
 
-    def _choose_tokens(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
+    def _speculate(self, plan: StepPlan, speculation: Speculation) -> StepResult:
+        """Ask for drafts, compute them beside the known tokens, keep what stands."""
+        drafts = speculation.propose(plan)
+        started_s = time.perf_counter()
+        if self.fused is None:
+            result = self._choose_tokens(plan, self.logits(plan, drafts), drafts)
+        else:
+            result = self.fused.verify(plan, drafts, speculation)
+        return replace(result, draft_s=speculation.draft_s, verify_s=time.perf_counter() - started_s)
+
+    def _choose_tokens(
+        self, plan: StepPlan, logits: torch.Tensor, drafts: Mapping[str, Draft] | None = None
+    ) -> StepResult:
         """Sample for up-to-date requests; `logits` has the rows of each request's logit_range, in plan order.
 
-        The samples that fork off a prompt all draw their first token from its last row.
+        The samples that fork off a prompt all draw their first token from its last row. Behind a request's own rows
+        stand those of its drafts.
         """
         sampled, last_rows, row = list[Request](), list[int](), 0
-        prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = {}
+        result = StepResult({})
         for request, num_new in plan.scheduled:
             first, end = logit_range(request, num_new)
             if request.params.prompt_logprobs is not None:
-                prompt_logprobs[request.id] = (first, judge_prompt(request, first, end, logits[row:]))
+                result.prompt_logprobs[request.id] = (first, judge_prompt(request, first, end, logits[row:]))
             row += end - first
-            if needs_token(request, num_new):
+            if drafts and request.id in drafts:
+                self._verify(request, drafts[request.id], logits[row - 1 :], result)
+                row += len(drafts[request.id].token_ids)
+            elif needs_token(request, num_new):
                 samples = (request, *request.pending_forks)
                 sampled.extend(samples)
                 last_rows.extend(row - 1 for _ in samples)
         if not sampled:
-            return StepResult({}, prompt_logprobs=prompt_logprobs)
+            return result
         logits = logits if last_rows == list(range(len(logits))) else logits[last_rows]
         token_ids = sample(logits, sampled, self.config.eos_token_ids)
-        logprobs = {
-            request.id: token_logprobs(logits[r : r + 1], token_ids[r : r + 1], request.params.logprobs)
-            for r, request in enumerate(sampled)
-            if request.params.logprobs is not None
-        }
-        chosen = token_ids.tolist()
-        return StepResult({r.id: [t] for r, t in zip(sampled, chosen, strict=True)}, logprobs, prompt_logprobs)
+        for r, (request, token_id) in enumerate(zip(sampled, token_ids.tolist(), strict=True)):
+            result.new_token_ids[request.id] = [token_id]
+            if request.params.logprobs is not None:
+                own = token_logprobs(logits[r : r + 1], token_ids[r : r + 1], request.params.logprobs)
+                result.logprobs[request.id] = own
+        return result
+
+    def _verify(self, request: Request, draft: Draft, logits: torch.Tensor, result: StepResult) -> None:
+        assert self.speculation is not None
+        verified = self.speculation.verify(request, draft, logits[: 1 + len(draft.token_ids)])
+        verified.enter(result, request.id)
 
 
 def make_fused(

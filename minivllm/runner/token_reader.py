@@ -28,10 +28,14 @@ class TokensOnTheirWay:
         """The tokens of requests that are up to date."""
         if not any(self.is_ready):
             return StepResult({})  # chunks of prompts: nothing to wait for
+        rows = zip(self.ids, self.is_ready, self.read(len(self.ids)), strict=True)
+        return StepResult({id_: [token] for id_, is_ready, token in rows if is_ready})
+
+    def read(self, num_rows: int) -> list[int]:
+        """Wait for the tokens; those of the first rows."""
         if self.is_copied is not None:
             self.is_copied.synchronize()
-        rows = zip(self.ids, self.is_ready, self.token_ids[: len(self.ids)].tolist(), strict=True)
-        return StepResult({id_: [token] for id_, is_ready, token in rows if is_ready})
+        return self.token_ids[:num_rows].tolist()
 
 
 class TokenReader:

@@ -44,7 +44,9 @@ class Dashboard(SketchView):
 
     @staticmethod
     def follow(room: Room) -> "Dashboard":
-        """Watch and drive an engine."""
+        """Watch and drive an engine. Raises MiniVLLMError for what is no engine room."""
+        if not all(hasattr(room, name) for name in ("ask", "follow", "frames", "choices")):
+            raise MiniVLLMError(f"Dashboard.follow watches an EngineRoom(llm), not {type(room).__name__}")
         return Dashboard(room, {})
 
     @staticmethod

@@ -123,6 +123,7 @@ PANELS = (
     Panel("prompt tokens found cached, %", (Series("hit rate", ratio("hit_tokens", "prompt_tokens", 100), BLUE),)),
     Panel("requests per second", (
         Series("arrived", per_second("arrived"), ORANGE, 1.2, True), Series("finished", per_second("finished"), BLUE),
+        Series("turned away", per_second("refused"), VERMILION, 1),
     )),
 )  # fmt: skip
 

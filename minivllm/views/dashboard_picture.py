@@ -68,7 +68,7 @@ def draw(
     title = _title(shown, header, is_live)
     return {
         "view": "dashboard", "title": title, "aria": f"Dashboard. {title}",
-        "text": _text(title, decided, controls, shown), "status": status,
+        "text": "\n".join(filter(None, (_text(title, decided, controls, shown), status))), "status": status,
         "width": WIDTH_PX, "height": height() + 22 + ROW_PX * (MOST_DECISIONS + 1), "marks": marks,
         "controls": controls, "steps": None if is_live or not frames else (0, len(frames) - 1, index),
         "step_word": "frame", "tick_ms": 100, "legend": [],
@@ -141,7 +141,7 @@ def _lines(shown: Window | None, said: str) -> list[str]:
     costed = frame.costed_steps - before.costed_steps
     if costed:
         names = {"weight_bytes": "weights", "kv_bytes": "K and V", "logit_bytes": "logits"}
-        moved = [f"{(getattr(frame, n) - getattr(before, n)) / costed / 1e6:,.3g} MB {w}" for n, w in names.items()]
+        moved = [f"{amount((getattr(frame, n) - getattr(before, n)) / costed / 1e6)} MB {w}" for n, w in names.items()]
         took, floor = frame.costed_ms - before.costed_ms, frame.floor_ms - before.floor_ms
         share = f"{100 * floor / took:.0f}%" if took else "-"
         lines.append(f"Ledger, a step of the last second: {', '.join(moved)}; the floor is {share} of what it took.")

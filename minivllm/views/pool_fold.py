@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Mapping
 
+from minivllm.draft_events import BlocksTrimmed
 from minivllm.errors import MiniVLLMError
 from minivllm.events import (
     Added,
@@ -87,6 +88,8 @@ class PoolFold:
                 self._reserve(event, request_id, block_ids)
             case BlocksDropped(request_id=request_id, block_ids=block_ids):
                 self._drop(event, request_id, block_ids)
+            case BlocksTrimmed(request_id=request_id, block_ids=block_ids, group=group):
+                self._trim(event, request_id, block_ids, group)
             case BlockCopied(request_id=request_id, source_id=old, block_id=new):
                 self._exchange(event, request_id, old, new)
                 self._cached.discard(new)
@@ -155,8 +158,7 @@ class PoolFold:
         return len(self._owners.get(block_id, ()))
 
     def _request(self, request_id: str) -> RequestFold:
-        """The request, made known on its first event."""
-        if request_id not in self._requests:
+        if request_id not in self._requests:  # made known on its first event
             self._requests[request_id] = RequestFold(request_id, self._num_arrived)
             self._num_arrived += 1
         return self._requests[request_id]
@@ -213,6 +215,11 @@ class PoolFold:
         self._disown(event, request_id, block_ids)
         for table in self._request(request_id).tables:
             table[:] = [NULL_BLOCK if block_id in block_ids else block_id for block_id in table]
+
+    def _trim(self, event: Event, request_id: str, block_ids: tuple[int, ...], group: int) -> None:
+        self._disown(event, request_id, block_ids)
+        if self._request(request_id).cut_off(len(block_ids), group) != block_ids:
+            raise _impossible(event, f"the table of request {request_id} does not end in {list(block_ids)}")
 
     def _exchange(self, event: Event, request_id: str, old: int, new: int) -> None:
         self._own(event, request_id, [new])
@@ -276,10 +283,7 @@ class PoolFold:
         """Slots that hold K and V, for each live block; owners of a shared block agree or the furthest counts."""
         filled: dict[int, int] = {}
         for request in self._requests.values():
-            for index, block_id in (entry for table in request.tables for entry in enumerate(table)):
-                if block_id == NULL_BLOCK:
-                    continue
-                num_here = min(max(request.num_computed - index * self.block_size, 0), self.block_size)
+            for block_id, num_here in request.filled(self.block_size):
                 filled[block_id] = max(filled.get(block_id, 0), num_here)
         return filled
 

@@ -1,5 +1,6 @@
 """One request while the events of a pool are folded: its status, its block tables, and what it holds beside them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from minivllm.views.pool_state import NULL_BLOCK, RequestState
@@ -28,6 +29,19 @@ class RequestFold:
     def table(self, group: int) -> list[int]:
         self.tables.extend([] for _ in range(len(self.tables), group + 1))
         return self.tables[group]
+
+    def cut_off(self, num_blocks: int, group: int) -> tuple[int, ...]:
+        """Shorten a group's table; what was at its end."""
+        table = self.table(group)
+        end = tuple(table[-num_blocks:])
+        del table[-num_blocks:]
+        return end
+
+    def filled(self, block_size: int) -> Iterator[tuple[int, int]]:
+        """Each block of the tables, and its slots that hold K and V."""
+        for index, block_id in (entry for table in self.tables for entry in enumerate(table)):
+            if block_id != NULL_BLOCK:
+                yield block_id, min(max(self.num_computed - index * block_size, 0), block_size)
 
     def frozen(self) -> RequestState:
         return RequestState(

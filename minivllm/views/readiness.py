@@ -196,9 +196,9 @@ def _verdict_marks(verdict: str, top: float) -> list[Mark]:
 
 
 def _radar(found: list[Score], centre_y: float) -> list[Mark]:
-    """Rings at quarters, an axis for each subject, and the polygon of those that were asked."""
+    """Rings at 25, 50 and 100%, an axis for each subject, and the polygon of those that were asked."""
     marks: list[Mark] = []
-    for share in (0.0, GUESSING, 0.5, 0.75, 1.0):
+    for share in (GUESSING, 0.5, 1.0):
         ring = [_point(i, len(found), share, centre_y) for i in range(len(found))]
         is_guessing = share == GUESSING
         ink, thickness = ("soft", 1.0) if is_guessing else ("line", 0.5)
@@ -214,7 +214,7 @@ def _radar(found: list[Score], centre_y: float) -> list[Mark]:
             words = f"{score.title}: {score.num_right} of {score.num_answered} right"
             marks.append(Dot(*corners[i], shape, SHAPE, 5, words))
         marks.append(_label(i, len(found), score, centre_y))
-    caption = "Rings: 0% to 100% right, dashed what guessing gives. Diamond: more to answer. ?: none answered."
+    caption = "Outer ring: all right; dashed: by guessing. Diamond: more to come. ?: none yet."
     return [*marks, Words(8, centre_y + RADIUS_PX + 18, caption, 10, "soft")]
 
 

@@ -1,5 +1,6 @@
 """Each decision of the engine as one sentence, for titles, logs and screen readers."""
 
+from minivllm.draft_events import BlocksTrimmed, DraftJudged, StepSpeculated
 from minivllm.events import (
     Added,
     Admitted,
@@ -32,6 +33,7 @@ WAIT_REASONS = {
     "no_blocks": "there are too few free blocks",
     "just_preempted": "a request was just preempted",
     "batch_runs": "the batch that runs has not ended",
+    "prefix_under_way": "another computes the tokens that it begins with",
 }
 PREEMPTION_REASONS = {
     "no_blocks": "one before it had to grow",
@@ -107,6 +109,18 @@ def _words(event: Event) -> str:
             return f"{_name(request_id)} was refused: {clipped(reason, 80)}"
         case StepRan() | StepCosted():
             return _words_of_step(event)
+    return _words_of_drafts(event)
+
+
+def _words_of_drafts(event: Event) -> str:
+    match event:
+        case BlocksTrimmed(request_id=request_id, block_ids=ids, group=group):
+            return f"{_name(request_id)} gave back {blocks(ids)}{_layers(group)}, which drafts had"
+        case DraftJudged(request_id=request_id, method=method, draft_token_ids=ids, num_accepted=num_accepted):
+            drafts = f"{counted(len(ids), 'draft')} by {clipped(method, 24)}"
+            return f"of {drafts} for {_name(request_id)}, {num_accepted} stood"
+        case StepSpeculated(num_drafted=num_drafted, num_accepted=num_accepted):
+            return f"verified {counted(num_drafted, 'draft')}, of which {num_accepted} stood"
     return ""
 
 

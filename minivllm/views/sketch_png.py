@@ -14,11 +14,12 @@ NUM_LINES = 14  # below the picture
 
 
 def sketch_image(picture: SketchPicture) -> Image.Image:
-    """Title, marks, legend and the lines below."""
+    """Title, marks, legend, the status and the lines below."""
     width = picture["width"]
     title_lines = len(wrapped(picture["title"], width - 8, 13))
     top = 8 + title_lines * 18
-    below = [line for words in picture["lines"][:NUM_LINES] for line in wrapped(words, width - 8, 11)]
+    words_below = [*([picture["status"]] if picture["status"] else []), *picture["lines"][:NUM_LINES]]
+    below = [line for words in words_below for line in wrapped(words, width - 8, 11)]
     legend_top = top + picture["height"] + 8
     num_keys = -(-len(picture["legend"]) // 2)
     height = legend_top + num_keys * LINE_PX + len(below) * 15 + 8

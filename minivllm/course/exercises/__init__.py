@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 
-from minivllm.course.exercises import nb00, nb01, nb02, nb03, nb04, nb05, nb06, nb09
+from minivllm.course.exercises import nb00, nb01, nb02, nb03, nb04, nb05, nb06, nb09, nb12
 from minivllm.course.exercises.exercise import Exercise
 from minivllm.errors import ConfigError, short
 
-NOTEBOOKS = (nb00, nb01, nb02, nb03, nb04, nb05, nb06, nb09)
+NOTEBOOKS = (nb00, nb01, nb02, nb03, nb04, nb05, nb06, nb09, nb12)
 
 
 @lru_cache

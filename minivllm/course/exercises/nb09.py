@@ -6,7 +6,7 @@ from minivllm.course.calculators import continuous_steps, decode_limit, littles_
 from minivllm.course.exercises.exercise import Exercise, Facts, Part, Problem, named
 from minivllm.course.exercises.place import Place
 
-SCHEDULER = "minivllm.engine.scheduler"
+ADMISSION = "minivllm.engine.admission"
 
 
 def steps_of_two_batchings(random: Random, facts: Facts) -> Problem:
@@ -99,7 +99,7 @@ EXERCISES = (
         "Draw the seats as rows and let each request take its steps.",
         "Batch by batch: cut the list into groups as large as the seats; each group takes as long as its longest.",
         "Refilled: give the next length to the seat that is free first; the answer is where the last seat ends.",
-    ), Place(SCHEDULER, "Scheduler._admit_waiting"), steps_of_two_batchings),
+    ), Place(ADMISSION, "Admission._admit_waiting"), steps_of_two_batchings),
     Exercise("09.2", "How many run at a time?", (
         "How long does one request stay in the batch?",
         "Time in the batch = output tokens × time of a step, in seconds.",
@@ -109,5 +109,5 @@ EXERCISES = (
         "Three limits hold at once: seats, tokens of a step, blocks.",
         "A decoding request takes one seat, one token of the budget, and ⌈tokens / 16⌉ blocks.",
         "min(max_num_seqs, max_num_batched_tokens, ⌊free blocks / ⌈tokens / 16⌉⌋)",
-    ), Place(SCHEDULER, "Scheduler._admit_after"), limit_that_binds),
+    ), Place(ADMISSION, "Admission._admit_after"), limit_that_binds),
 )  # fmt: skip

@@ -4,13 +4,19 @@ from functools import lru_cache
 from pathlib import Path
 
 from minivllm.course.numeric_forms import Form, Problem, drawn
-from minivllm.course.questions import forms_hardware, forms_kv, forms_memory, forms_time
+from minivllm.course.questions import forms_hardware, forms_kv, forms_memory, forms_speculation, forms_time
 from minivllm.course.questions.question import LEVELS, Group, Link, Question, read_group
 from minivllm.errors import ConfigError, short
 
 __all__ = ["FORMS", "LEVELS", "Group", "Link", "Problem", "Question", "groups", "problem_of", "question", "questions"]
 
-FORMS: dict[str, Form] = {**forms_kv.FORMS, **forms_memory.FORMS, **forms_time.FORMS, **forms_hardware.FORMS}
+FORMS: dict[str, Form] = {
+    **forms_kv.FORMS,
+    **forms_memory.FORMS,
+    **forms_time.FORMS,
+    **forms_speculation.FORMS,
+    **forms_hardware.FORMS,
+}
 
 
 @lru_cache

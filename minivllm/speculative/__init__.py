@@ -1,0 +1,1 @@
+"""Speculative decoding: proposers of drafts, and the rule that keeps the target's distribution exactly."""
