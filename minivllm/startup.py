@@ -117,7 +117,7 @@ def start(
         storage = KVStorage(model, config.num_blocks, config.block_size, device, config.num_host_blocks, groups)
         runner = ModelRunner(built, model, storage, device, limits)
         if config.speculative:
-            runner.speculation = Speculation(drafters.proposers(built, storage), model.eos_token_ids)
+            runner.speculate_with(Speculation(drafters.proposers(built, storage), model.eos_token_ids))
     runner.schedules_ahead = not gpu.enforce_eager and gpu.async_scheduling is not False
     if device == "cuda" and not gpu.enforce_eager:
         figure = f"lower gpu_memory_utilization ({gpu.gpu_memory_utilization:g}) or max_num_seqs"

@@ -47,26 +47,35 @@ def test_edits_are_measured_by_each_method_against_none(
 ) -> None:
     monkeypatch.setattr(speculation, "PROMPTS", {"copy": ("edit", "Repeat: red green blue red green blue red green")})
     path = tmp_path / "rows.json"
-    methods = ["--methods", "ngram:2,ngram,draft_model:3"]
+    methods = ["--methods", "ngram:2,ngram,draft_model:3", "--batches", "1,2"]
     assert speculation.main([*methods, "--max-tokens", "6", "--repeats", "1", "--output", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert [(row["method"], row["draft_length"]) for row in found["rows"]] == [
-        ("ngram", 2), ("ngram", 8), ("draft_model", 3),
-    ]  # fmt: skip
+    assert [(row["batch"], row["method"], row["draft_length"]) for row in found["rows"]] == [
+        (batch, *draft) for batch in (1, 2) for draft in (("ngram", 2), ("ngram", 8), ("draft_model", 3))
+    ]
     assert all(row["planted_alpha"] is None and 1 <= row["tokens_per_step"] <= 5 for row in found["rows"])
-    assert "ngram:8 edit: " in capsys.readouterr().out
+    alone, both = found["rows"][:3], found["rows"][3:]
+    for one, two in zip(alone, both, strict=True):
+        assert (two["num_tokens"], two["tokens_per_step"]) == (2 * one["num_tokens"], one["tokens_per_step"])
+    assert "batch 2, ngram:8, edit: " in capsys.readouterr().out
     assert found["provenance"]["seed"] == 0
 
 
 def test_the_summary_counts_steps_of_all_answers_and_speaks_up_for_a_length_that_is_none() -> None:
-    row = {"method": "eagle", "draft_length": 4, "kind": "edit"}
+    row = {"batch": 1, "method": "eagle", "draft_length": 4, "kind": "edit"}
     rows = [
         row | {"num_tokens": 13, "tokens_per_step": 4.0, "speedup": 4.0},
         row | {"num_tokens": 4, "tokens_per_step": 1.0, "speedup": 1.0},
+        row | {"batch": 3, "num_tokens": 12, "tokens_per_step": 1.5, "speedup": 1.0},
     ]
-    assert speculation.means(rows) == ["eagle:4 edit: 2.50 tokens a step, 2.00x"]
+    assert speculation.means(rows) == [
+        "batch 1, eagle:4, edit: 2.50 tokens a step, 2.00x",
+        "batch 3, eagle:4, edit: 1.50 tokens a step, 1.00x",
+    ]
     with pytest.raises(ConfigError, match="--methods: 'eagle:x' has no draft length"):
         speculation.method_and_length("eagle:x", 8)
+    with pytest.raises(ConfigError, match="--batches: '1,0' is no list of sizes"):
+        speculation.batches_of("1,0", (1,))
 
 
 def test_the_readme_shows_the_recorded_figures() -> None:

@@ -14,7 +14,7 @@ from minivllm import LLM, RequestOutput, SamplingParams
 from minivllm.engine.plan import StepPlan
 from minivllm.request import BlockTable, Request
 from minivllm.runner import model_runner
-from minivllm.runner.decode_graphs import Graph, batch_sizes
+from minivllm.runner.decode_graphs import DecodeSteps, Graph, batch_sizes
 from minivllm.runner.fused_steps import FusedSteps
 from minivllm.runner.mixed_graphs import MixedSteps, mixed_shapes
 from minivllm.runner.model_runner import fused_where_it_fits
@@ -80,7 +80,7 @@ def engine(folder: Path, *, has_graphs: bool = False, **options: Any) -> LLM:
     llm = LLM(str(folder), device=DEVICE, show_progress=False, enforce_eager=not has_graphs, **chosen | options)
     if has_graphs and llm.runner.fused and not HAS_GPU:
         for steps in llm.runner.fused.captured:
-            shapes = steps.shapes if isinstance(steps, MixedSteps) else steps.sizes
+            shapes = steps.sizes if isinstance(steps, DecodeSteps) else steps.shapes
             steps.graphs = {shape: Uncaptured(partial(steps.compute, shape)) for shape in shapes}  # type: ignore
     return llm
 

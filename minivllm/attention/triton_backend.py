@@ -36,7 +36,8 @@ class TritonAttention:
         self.block_table = batch.block_table.int()
         self.num_tokens = batch.num_tokens.int()
         self.query_starts = batch.query_starts.int()
-        self.max_query_len = int(batch.query_starts.diff().max())
+        is_single = len(batch.token_ids) == len(batch.num_tokens)  # then nobody waits for the device
+        self.max_query_len = 1 if is_single else int(batch.query_starts.diff().max())
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store the new K and V, then attend over all that is stored; [T, H, D] in and out."""

@@ -1,8 +1,8 @@
 """`minivllm bench speculation`: speed with drafts against speed without, in one run.
 
-On a CPU: a single greedy request of SmolLM2 on prompts that ask for a copy with an edit or for a summary
-(speculation_prompts.py), each method against "off" in the same engine, repetitions in turn, the best of each. With
---planted, on a GPU: see planted_speed.py.
+Greedy requests of SmolLM2 on prompts that ask for a copy with an edit or for a summary (speculation_prompts.py), each
+method in an engine of its own against one without drafts, repetitions in turn, the best of each; a batch is the same
+prompt so many times. With --planted, on a GPU: see planted_speed.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from minivllm.bench.planted_speed import BATCHES, Load, Row, measure_planted
+from minivllm.bench.planted_speed import BATCHES, BLOCK_SIZE, Load, Row, measure_planted
 from minivllm.bench.speculation_prompts import PROMPTS
 from minivllm.errors import ConfigError
 from minivllm.llm import LLM
@@ -25,6 +25,8 @@ from minivllm.request import SamplingParams
 from minivllm.runner.proposers import DRAFT_NAME
 from minivllm.speculative_config import OFF
 from minivllm.text_files import write_text
+
+MAX_MODEL_LEN = 1024  # the longest prompt and its answer take half of it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--planted", action="store_true", help="a GPU, random weights, acceptance as one likes")
-    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="with --planted")
+    planted_batches = ",".join(map(str, BATCHES))
+    parser.add_argument(
+        "--batches", help=f"requests at once, comma-separated; default: 1; with --planted {planted_batches}"
+    )
     parser.add_argument("--output", type=Path, help="write the figures and their provenance to this JSON file")
     args = parser.parse_args(argv)
     if args.planted and not torch.cuda.is_available():
@@ -49,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--output: {args.output.parent} is no folder that can be written; choose another")
     rows = list[Row]()
     if args.planted:
-        batches, length = tuple(map(int, args.batches.split(","))), args.num_speculative_tokens or 4
+        batches, length = batches_of(args.batches, BATCHES), args.num_speculative_tokens or 4
         for model in args.model.split(","):
             load = Load(model, batches, num_drafts=length, repeats=args.repeats, seed=args.seed, dtype=args.dtype)
             rows += measure_planted(load)
@@ -66,45 +71,60 @@ def main(argv: Sequence[str]) -> int:
 def save(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     """Write the file that was asked for: one line a row."""
     if args.output:
-        facts = provenance(args.seed) | ({"gpu": torch.cuda.get_device_name()} if args.planted else {})
+        facts = provenance(args.seed) | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
         lines = ",\n ".join(json.dumps(row) for row in rows)
         text = json.dumps({"provenance": facts}, indent=1)[:-2] + f',\n "rows": [\n {lines}\n ]\n}}\n'
         write_text(args.output, text, "figures")
 
 
 def measure_edits(args: argparse.Namespace) -> list[Row]:
-    """A row for each prompt and method."""
+    """A row for each prompt, batch and method."""
     drafts = [method_and_length(entry, args.num_speculative_tokens or 8) for entry in args.methods.split(",")]
+    batches = batches_of(args.batches, (1,))
     longest = {method: max(length for other, length in drafts if other == method) for method, _ in drafts}
-    configs = [
-        {"method": method, "num_speculative_tokens": length}
-        | ({"model": DRAFT_NAME} if method == "draft_model" else {})
-        for method, length in longest.items()
-    ]
-    llm = LLM(
-        args.model, dtype=args.dtype, max_num_seqs=1, seed=args.seed, enable_prefix_caching=False,
-        speculative_config=configs, show_progress=False,
-    )  # fmt: skip
+    engines = {method: engine_of(args, method, length, max(batches)) for method, length in {OFF: 0, **longest}.items()}
     rows = list[Row]()
-    for name, (kind, prompt) in tqdm(PROMPTS.items(), "prompts", disable=None):
+    loads = [(batch, name) for batch in batches for name in PROMPTS]
+    for batch, name in tqdm(loads, "prompts", disable=None):
+        kind, prompt = PROMPTS[name]
         best: dict[tuple[str, int], tuple[float, int, int]] = {}
         for repeat in range(args.repeats + 1):
             for draft in ((OFF, 0), *drafts):
-                found = answer(llm, prompt, *draft, args.max_tokens)
+                found = answer(engines[draft[0]], [prompt] * batch, draft[1], args.max_tokens)
                 if repeat > 0:  # the first warms up
                     best[draft] = max(found, best.get(draft, found))
         off_tokens_per_s = best[OFF, 0][0]
         for method, length in drafts:
             tokens_per_s, num_accepted, num_tokens = best[method, length]
+            num_drawn = num_tokens - batch  # behind the first of each request
             rows.append({
-                "model": args.model, "prompt": name, "kind": kind, "batch": 1, "draft_length": length,
+                "model": args.model, "prompt": name, "kind": kind, "batch": batch, "draft_length": length,
                 "planted_alpha": None, "method": method, "tokens_per_s_on": round(tokens_per_s, 1),
                 "tokens_per_s_off": round(off_tokens_per_s, 1),
                 "speedup": round(tokens_per_s / off_tokens_per_s, 3), "formula_speedup": None,
-                "tokens_per_step": round((num_tokens - 1) / max(1, num_tokens - 1 - num_accepted), 3),
+                "tokens_per_step": round(num_drawn / max(1, num_drawn - num_accepted), 3),
                 "num_tokens": num_tokens,
             })  # fmt: skip
     return rows
+
+
+def engine_of(args: argparse.Namespace, method: str, length: int, max_num_seqs: int) -> LLM:
+    """An engine that drafts by one method; "off": by none, so that it bears nothing of what drafting costs."""
+    config: dict[str, object] = {"method": method, "num_speculative_tokens": length}
+    config |= {"model": DRAFT_NAME} if method == "draft_model" else {}
+    return LLM(
+        args.model, dtype=args.dtype, max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, seed=args.seed,
+        num_blocks=1 + max_num_seqs * MAX_MODEL_LEN // BLOCK_SIZE, block_size=BLOCK_SIZE, enable_prefix_caching=False,
+        speculative_config=None if method == OFF else config, show_progress=False,
+    )  # fmt: skip
+
+
+def batches_of(text: str | None, default: Sequence[int]) -> tuple[int, ...]:
+    """The sizes that --batches names."""
+    parts = text.split(",") if text else [str(size) for size in default]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"--batches: {text!r} is no list of sizes; say 1,8,32")
+    return tuple(map(int, parts))
 
 
 def method_and_length(entry: str, default: int) -> tuple[str, int]:
@@ -116,25 +136,26 @@ def method_and_length(entry: str, default: int) -> tuple[str, int]:
 
 
 def means(rows: Sequence[Row]) -> list[str]:
-    """A line for each method and kind of prompt: tokens over steps of all answers, and the geometric mean speed-up."""
+    """A line for each batch, method and kind of prompt: tokens over steps of all answers, geometric mean speed-up."""
     lines = list[str]()
-    for key in dict.fromkeys((row["method"], row["draft_length"], row["kind"]) for row in rows):
-        part = [row for row in rows if (row["method"], row["draft_length"], row["kind"]) == key]
-        tokens = sum(row["num_tokens"] - 1 for row in part)
-        steps = sum((row["num_tokens"] - 1) / row["tokens_per_step"] for row in part)
+    for key in dict.fromkeys((row["batch"], row["method"], row["draft_length"], row["kind"]) for row in rows):
+        batch, method, length, kind = key
+        part = [row for row in rows if (row["batch"], row["method"], row["draft_length"], row["kind"]) == key]
+        tokens = sum(row["num_tokens"] - batch for row in part)
+        steps = sum((row["num_tokens"] - batch) / row["tokens_per_step"] for row in part)
         speedup = statistics.geometric_mean(row["speedup"] for row in part)
-        lines.append(f"{key[0]}:{key[1]} {key[2]}: {tokens / steps:.2f} tokens a step, {speedup:.2f}x")
+        lines.append(f"batch {batch}, {method}:{length}, {kind}: {tokens / steps:.2f} tokens a step, {speedup:.2f}x")
     return lines
 
 
-def answer(llm: LLM, prompt: str, method: str, length: int, max_tokens: int) -> tuple[float, int, int]:
-    """Tokens per second behind the first one, how many of them were accepted drafts, and how many tokens came."""
-    params = SamplingParams(
-        temperature=0, max_tokens=max_tokens, speculative_method=method, num_speculative_tokens=length
-    )
+def answer(llm: LLM, prompts: Sequence[str], length: int, max_tokens: int) -> tuple[float, int, int]:
+    """Tokens per second behind the first ones, how many of them were accepted drafts, and how many tokens came."""
+    wished = length if llm.engine.config.speculative else None
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, num_speculative_tokens=wished)
     accepted = llm.engine.speculation.num_accepted
     started_s = time.perf_counter()
-    [output] = llm.chat([{"role": "user", "content": prompt}], params, use_tqdm=False)
-    seconds = time.perf_counter() - started_s - (output.metrics.time_to_first_token or 0.0)
-    num_tokens = len(output.outputs[0].token_ids)
-    return (num_tokens - 1) / seconds, llm.engine.speculation.num_accepted - accepted, num_tokens
+    outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], params, use_tqdm=False)
+    first_s = max(output.metrics.time_to_first_token or 0.0 for output in outputs)
+    seconds = time.perf_counter() - started_s - first_s
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return (num_tokens - len(prompts)) / seconds, llm.engine.speculation.num_accepted - accepted, num_tokens

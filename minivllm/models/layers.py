@@ -53,7 +53,9 @@ class RotaryEmbedding(nn.Module):
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin for every token, shared by all layers of a step: [T, 1, D] each."""
-        turned = positions[:, None].float() * self.inv_freq.to(positions.device)
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)  # once: a CUDA graph can hold no copy from the host
+        turned = positions[:, None].float() * self.inv_freq
         cos, sin = turned.cos() * self.magnitude, turned.sin() * self.magnitude
         return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from minivllm.attention.kernel_batch import KernelBatch
 from minivllm.runner.shared_prefix import SharedPrefixes
 from minivllm.runner.step_buffers import StepBuffers
 
@@ -57,6 +58,7 @@ class DecodeSteps:
         self.sizes = shared_sizes(limits.max_num_seqs) if prefixes else batch_sizes(limits.max_rows)
         self.prefixes = prefixes
         self.hidden: torch.Tensor | None = None  # [rows, hidden] for who wants the last layer's output
+        self.follow: Callable[[KernelBatch, torch.Tensor], None] | None = None  # shows it to them within the step
         self.graphs: dict[int, Graph] = {}
         self._model, self._buffers, self._sampler, self._logits = model, buffers, sampler, logits
 
@@ -80,6 +82,8 @@ class DecodeSteps:
         x, residual = self._model.body(batch)
         if self.hidden is not None:
             torch.add(x, residual, out=self.hidden[:size])
+            if self.follow is not None:
+                self.follow(batch, self.hidden[:size])
         logits = self._model.head(x, residual, out=self._logits[:size])
         self._sampler(logits, buffers.temperatures, buffers.seeds, buffers.num_tokens)
 

@@ -10,10 +10,12 @@ A draft is one more row (draft_rows.py): what the row in front of it chose says 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from minivllm.attention import ForwardBatch
+from minivllm.attention.kernel_batch import KernelBatch
 from minivllm.config import ModelConfig
 from minivllm.engine.plan import Done, Launched, StepPlan, StepResult, TokenLogprobs
 from minivllm.models.decoder import Decoder
@@ -22,6 +24,7 @@ from minivllm.request import Request
 from minivllm.runner.batch import build_batches, logit_range
 from minivllm.runner.batch_rows import changes_logits
 from minivllm.runner.decode_graphs import DecodeSteps
+from minivllm.runner.draft_chain import DraftChain, can_chain
 from minivllm.runner.draft_rows import DraftRows, shortened
 from minivllm.runner.kernel_sampler import KernelSampler, sample_changed
 from minivllm.runner.kv_storage import KVStorage
@@ -31,7 +34,8 @@ from minivllm.runner.shared_prefix import SharedPrefixes
 from minivllm.runner.speculation import Chosen, RequestTarget, Speculation, Verified
 from minivllm.runner.step_buffers import LoadedStep, StepBuffers, StepLimits
 from minivllm.runner.token_reader import TokenReader
-from minivllm.speculative.proposer import Draft
+from minivllm.speculative.eagle import EagleProposer
+from minivllm.speculative.proposer import Draft, Proposer
 
 PromptLogprobs = dict[str, tuple[int, list[TokenLogprobs]]]
 
@@ -66,12 +70,29 @@ class FusedSteps:
         self.mixed = MixedSteps(self.model, self.buffers)
         self._tokens = TokenReader(self.sampler.token_ids)
         self._hidden: torch.Tensor | None = None  # of the latest step, [T, hidden], in its own order
+        self.chains: dict[str, DraftChain] = {}  # by method
+        self._shown: Sequence[Proposer] = ()  # who sees a step of single tokens within it
 
-    def keep_hidden(self) -> None:
-        """From now on, let proposers have the last layer's output: before graphs are captured."""
+    def draft_by(self, proposers: Mapping[str, Proposer]) -> None:
+        """Have chains of drafts computed here, by what can: before graphs are captured."""
+        size = self.buffers.limits.block_size
+        self.chains = {method: DraftChain(p, self.buffers) for method, p in proposers.items() if can_chain(p, size)}
+        heads = [chain.drafter for chain in self.chains.values() if isinstance(chain.drafter, EagleProposer)]
+        if any(proposer.needs_hidden for proposer in proposers.values()):
+            self.keep_hidden(heads)
+
+    def keep_hidden(self, heads: Sequence[EagleProposer] = ()) -> None:
+        """From now on, let proposers have the last layer's output, heads within the step if it is one of rows."""
         rows = self.logits.new_zeros(self.buffers.limits.max_rows, self.config.hidden_size)
+
+        def follow(batch: KernelBatch, hidden: torch.Tensor) -> None:
+            table = batch.singles.block_table
+            for head in heads:
+                head.follow_rows(batch.token_ids, batch.positions, batch.slots, table, hidden)
+
         for steps in filter(None, (self.decode, self.shared_decode)):
-            steps.hidden = rows
+            steps.hidden, steps.follow = rows, follow
+        self._shown = heads
 
     def capture(self, *, show_progress: bool) -> None:
         """Make steps CUDA graphs: before the first plan, when all rows are padding."""
@@ -80,9 +101,9 @@ class FusedSteps:
             steps.capture(pool, show_progress=show_progress)
 
     @property
-    def captured(self) -> list[MixedSteps | DecodeSteps]:
+    def captured(self) -> list[MixedSteps | DecodeSteps | DraftChain]:
         """All that have graphs, those of most tokens first: the others fit into their memory."""
-        return [steps for steps in (self.mixed, self.decode, self.shared_decode) if steps]
+        return [steps for steps in (self.mixed, self.decode, self.shared_decode, *self.chains.values()) if steps]
 
     @property
     def num_graphs(self) -> int:
@@ -90,7 +111,7 @@ class FusedSteps:
 
     def launch(self, plan: StepPlan) -> Launched:
         """Have every scheduled token computed, and one chosen in each row; waits only for who wants more than that."""
-        step, prompt_logprobs = self._run(plan, {})
+        step, prompt_logprobs = self._run(plan, {}, {})
         tokens = self._tokens.send([request.id for request in step.requests], is_ready(step))
         if not self.buffers.rows.special:
             return tokens
@@ -103,11 +124,18 @@ class FusedSteps:
         drafts = shortened(drafts, self.buffers.limits.max_rows - len(plan.scheduled))
         if speculation.needs_hidden and self.decode.hidden is None:
             self.keep_hidden()
-        step, prompt_logprobs = self._run(plan, drafts)
-        if speculation.needs_hidden:
-            speculation.follow(*self._seen(plan, drafts, step))
+        methods = {request.id: speculation.method_of(request) for request, _ in plan.scheduled if request.id in drafts}
+        step, prompt_logprobs = self._run(plan, drafts, methods)
+        shown = self._shown if not step.starts else ()
+        if late := [each for each in speculation.followers(len(plan.scheduled)) if each not in shown]:
+            batch, hidden = self._seen(plan, drafts, step)
+            for proposer in late:
+                proposer.follow(batch, hidden)
         tokens = self._tokens.send([request.id for request in step.requests], is_ready(step))
         chosen, result = tokens.read(step.rows.count), StepResult({}, prompt_logprobs=prompt_logprobs)
+        for chain in self.chains.values():
+            found, seconds = chain.finish()
+            drafts, speculation.draft_s = {**drafts, **found}, speculation.draft_s + seconds
         for request, first, ready in zip(step.requests, step.rows.firsts, tokens.is_ready, strict=True):
             if request.id in drafts:
                 draft = drafts[request.id]
@@ -133,23 +161,35 @@ class FusedSteps:
             wanted.extend(range(first, end + len(guess)))
         return self.model.head(x[wanted], residual[wanted], x.new_empty(len(wanted), self.config.vocab_size))
 
-    def _run(self, plan: StepPlan, drafts: Mapping[str, Draft]) -> tuple[LoadedStep, PromptLogprobs]:
-        """Logits and tokens of every row, by a graph if there is one for it; and what prompts say of themselves."""
+    def _run(
+        self, plan: StepPlan, drafts: Mapping[str, Draft], methods: Mapping[str, str]
+    ) -> tuple[LoadedStep, PromptLogprobs]:
+        """Logits and tokens of every row, by a graph if there is one for it; and what prompts say of themselves.
+
+        `methods`: who drafts for a request, by its id.
+        """
         requests = self.buffers.rows.seat(plan.scheduled)
         rows = DraftRows.of(requests, drafts)
         is_single = all(num_new == 1 for _, num_new in plan.scheduled)
         if is_single and not any(judges_prompt(requests[row]) for row in self.buffers.rows.special):
-            step, prompt_logprobs = self._decode(requests, rows), PromptLogprobs()
+            step, prompt_logprobs = self._decode(requests, rows, methods), PromptLogprobs()
         else:
-            step, prompt_logprobs = self._compute(plan, rows)
+            step, prompt_logprobs = self._compute(plan, rows, methods)
         if self.buffers.rows.filtered:
             self.sampler.filtered(self.logits[: rows.count], self.buffers)
         return step, prompt_logprobs
 
-    def _decode(self, requests: list[Request], rows: DraftRows) -> LoadedStep:
+    def _start_chains(self, step: LoadedStep, methods: Mapping[str, str]) -> None:
+        """Have the drafts that nobody knows yet computed into their places."""
+        for method, chain in self.chains.items():
+            if seats := [seat for seat, request in enumerate(step.requests) if methods.get(request.id) == method]:
+                chain.start(step, seats)
+
+    def _decode(self, requests: list[Request], rows: DraftRows, methods: Mapping[str, str]) -> LoadedStep:
         """Logits and tokens of every row, each with one new token."""
         decode = self.decode if rows.has_drafts else self._graphs_of_rows()
         step = self.buffers.load_singles(requests, decode.padded(rows.count), rows)
+        self._start_chains(step, methods)
         decode.run(rows.count)
         self._hidden = decode.hidden
         return step
@@ -159,9 +199,12 @@ class FusedSteps:
         shared = self.shared_decode
         return shared if shared and shared.prefixes and shared.prefixes.find(self.buffers.rows) else self.decode
 
-    def _compute(self, plan: StepPlan, rows: DraftRows) -> tuple[LoadedStep, PromptLogprobs]:
+    def _compute(
+        self, plan: StepPlan, rows: DraftRows, methods: Mapping[str, str]
+    ) -> tuple[LoadedStep, PromptLogprobs]:
         """Logits and tokens of every row, and of prompts what their owners want to know."""
         step = self.buffers.load(plan, rows, self.mixed.padded)
+        self._start_chains(step, methods)
         x, residual = self.mixed.run(step)
         self._hidden = x + residual if self.decode.hidden is not None else None
         last = self.buffers.last_tokens(step)
@@ -180,14 +223,20 @@ class FusedSteps:
         return self.model.head(x.clone(), residual.clone(), x.new_empty(len(x), self.config.vocab_size))
 
     def _seen(self, plan: StepPlan, drafts: Mapping[str, Draft], step: LoadedStep) -> tuple[ForwardBatch, torch.Tensor]:
-        """The latest step as proposers see it: its tokens and the last layer's output, in the plan's order."""
+        """The latest step as proposers see it: its tokens and the last layer's output, in the plan's order.
+
+        Tokens are those on the device: the host does not know the drafts of a chain yet.
+        """
         assert self._hidden is not None
         guesses = {request_id: draft.token_ids for request_id, draft in drafts.items()}
         [batch] = build_batches(plan, self.buffers.limits.block_size, str(self._hidden.device), guesses)
         starts = step.starts or step.rows.firsts
         spans = dict(zip(step.requests, zip(starts, step.num_tokens, strict=True), strict=True))
-        places = [start + i for request, _ in plan.scheduled for start, count in [spans[request]] for i in range(count)]
-        return batch, self._hidden[places]
+        places = torch.tensor(
+            [start + i for request, _ in plan.scheduled for start, count in [spans[request]] for i in range(count)],
+            device=self._hidden.device,
+        )
+        return replace(batch, token_ids=self.buffers.token_ids[places].long()), self._hidden[places]
 
     def _verify(
         self, request: Request, draft: Draft, rows: slice, chosen: list[int], speculation: Speculation

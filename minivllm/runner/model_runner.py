@@ -89,8 +89,6 @@ class ModelRunner:
     def capture_graphs(self, *, show_progress: bool) -> None:
         """Where steps run fused, make them CUDA graphs: before the first plan, when all rows are padding."""
         if self.fused is not None:
-            if self.speculation and self.speculation.needs_hidden:
-                self.fused.keep_hidden()
             self.fused.capture(show_progress=show_progress)
 
     @property
@@ -126,13 +124,20 @@ class ModelRunner:
 
     def _speculate(self, plan: StepPlan, speculation: Speculation) -> StepResult:
         """Ask for drafts, compute them beside the known tokens, keep what stands."""
-        drafts = speculation.propose(plan)
         started_s = time.perf_counter()
+        drafts = speculation.propose(plan, self.fused.chains if self.fused else ())
         if self.fused is None:
             result = self._choose_tokens(plan, self.logits(plan, drafts), drafts)
         else:
             result = self.fused.verify(plan, drafts, speculation)
-        return replace(result, draft_s=speculation.draft_s, verify_s=time.perf_counter() - started_s)
+        seconds = time.perf_counter() - started_s
+        return replace(result, draft_s=speculation.draft_s, verify_s=seconds - speculation.draft_s)
+
+    def speculate_with(self, speculation: Speculation) -> None:
+        """From now on, before graphs are captured: steps have drafts."""
+        self.speculation = speculation
+        if self.fused is not None:
+            self.fused.draft_by(speculation.proposers)
 
     def _choose_tokens(
         self, plan: StepPlan, logits: torch.Tensor, drafts: Mapping[str, Draft] | None = None

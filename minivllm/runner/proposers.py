@@ -38,7 +38,6 @@ from minivllm.weights import builtin_configs, find_model
 
 SHIPPED_TARGET, SHIPPED_EAGLE, SHIPPED_DRAFT = "smollm2-135m", "eagle_smollm2", "draft_smollm2"
 DRAFT_NAME = "smollm2-draft"  # what a speculative_config calls the draft model that comes with us
-OWED_BYTES = 4
 RANDOM_VOCABULARY = 8192  # of a random head: as many columns as the trained one has
 
 
@@ -135,7 +134,7 @@ class Drafters:
                 f"speculative_config: {source.name} has another tokenizer: {short(token)} is not the same token in "
                 "both; a draft model needs the same one"
             )
-        return self._found_of(model, None, source.weight_files if self._has_weights else [], OWED_BYTES)
+        return self._found_of(model, None, source.weight_files if self._has_weights else [])
 
     def _find_head(self, config: SpeculativeConfig) -> Found:
         if config.model is None and not self._has_weights:
@@ -164,9 +163,9 @@ class Drafters:
                 f"speculative_config: '{path.name}' drafts for a model of {config.vocab_size} tokens and hidden size "
                 f"{config.hidden_size}, not {self.model.vocab_size} and {self.model.hidden_size}: give this model's own"
             )
-        return self._found_of(config, path, [], OWED_BYTES)
+        return self._found_of(config, path, [])
 
-    def _found_of(self, config: ModelConfig, trained: Path | None, files: Sequence[Path], beside: int) -> Found:
+    def _found_of(self, config: ModelConfig, trained: Path | None, files: Sequence[Path], beside: int = 0) -> Found:
         """With windows that lie in the target's: what those have passed is freed.
 
         Narrower by one, for a drafter may begin one token before the target does.

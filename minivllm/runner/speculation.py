@@ -7,7 +7,7 @@ C          c0 .. c99 (a prompt)         c99                  z
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from minivllm.engine.plan import Judged, StepPlan, StepResult, TokenLogprobs, Tr
 from minivllm.errors import ConfigError
 from minivllm.request import Request
 from minivllm.runner.sampler import apply_penalties, distribution, forbid_early_end, sample, token_logprobs
+from minivllm.speculative.draft_batch import MOST_CHAINED
+from minivllm.speculative.draft_model import DraftModelProposer
 from minivllm.speculative.ngram import NgramProposer
 from minivllm.speculative.proposer import Draft, Proposer
 from minivllm.speculative.verify import Target, verify
@@ -114,13 +116,18 @@ class Speculation:
             proposer.move(transfers)
             proposer.clear(fresh_block_ids)
 
-    def propose(self, plan: StepPlan) -> dict[str, Draft]:
-        """Drafts by request id; who has no idea is not in it."""
+    def propose(self, plan: StepPlan, chained: Collection[str] = ()) -> dict[str, Draft]:
+        """Drafts by request id; who has no idea is not in it.
+
+        Those of the methods `chained` are filled in later (draft_chain.py): 0 stands for each of their tokens.
+        """
         started_s = time.perf_counter()
         drafts: dict[str, Draft] = {}
         for method, proposer in self.proposers.items():
             mine = [r for r, _ in plan.scheduled if r.id in plan.num_drafts and self.method_of(r) == method]
-            if mine:
+            if method in chained:
+                drafts |= {request.id: Draft([0] * min(plan.num_drafts[request.id], MOST_CHAINED)) for request in mine}
+            elif mine:
                 found = proposer.propose(mine, [plan.num_drafts[request.id] for request in mine])
                 drafts |= {r.id: draft for r, draft in zip(mine, found, strict=True) if draft.token_ids}
         self.draft_s = time.perf_counter() - started_s
@@ -131,9 +138,18 @@ class Speculation:
         """Whether a proposer looks at what the target computed."""
         return any(proposer.needs_hidden for proposer in self.proposers.values())
 
+    def followers(self, num_requests: int) -> list[Proposer]:
+        """Proposers that have something to see in a step of so many requests."""
+        return [
+            proposer
+            for proposer in self.proposers.values()
+            if proposer.needs_hidden
+            and not (isinstance(proposer, DraftModelProposer) and proposer.has_drafted_for_all(num_requests))
+        ]
+
     def follow(self, batch: ForwardBatch, hidden: torch.Tensor) -> None:
         """Let the proposers see the step."""
-        for proposer in self.proposers.values():
+        for proposer in self.followers(len(batch.num_tokens)):
             proposer.follow(batch, hidden)
 
     def verify(self, request: Request, draft: Draft, logits: torch.Tensor, target: Target | None = None) -> Verified:

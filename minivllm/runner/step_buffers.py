@@ -83,6 +83,10 @@ class LoadedStep:
         """Of each request, drafts included."""
         return [new + len(guess) for new, guess in zip(self.num_new, self.rows.guesses, strict=True)]
 
+    def last_known(self, seat: int) -> int:
+        """The place of a request's last known token among the step's."""
+        return self.starts[seat] + self.num_new[seat] - 1 if self.starts else self.rows.firsts[seat]
+
 
 Shapes = tuple[StepShape, StepShape]  # of a step itself, and with its padding
 
@@ -102,8 +106,8 @@ class StepBuffers:
         has_drafts = limits.max_rows > limits.max_num_seqs
         self.row_table = self.table.new_zeros(limits.max_rows, limits.max_blocks) if has_drafts else self.table
         self._most_changes = min(self.table.numel(), 2**16)
-        most_tokens = max(limits.max_num_batched_tokens + limits.max_num_seqs, self.num_rows)
-        num_words = self._first_change(aligned(most_tokens)) + 3 * self._most_changes
+        most_tokens = aligned(max(limits.max_num_batched_tokens + limits.max_num_seqs, self.num_rows))
+        num_words = self._first_change(most_tokens) + 3 * self._most_changes
         self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
         is_cuda = device != "cpu"
         self._hosts = [HostWords(num_words, self.num_rows, is_pinned=is_cuda) for _ in range(2)]
@@ -113,6 +117,7 @@ class StepBuffers:
         self.temperatures = self._row_part(2).view(torch.float32)
         self.num_tokens, self.top_k = self._row_part(3), self._row_part(4)
         self.top_p, self.min_p = (self._row_part(part).view(torch.float32) for part in (5, 6))
+        self.token_ids = self._words[self._first_change(0) :][:most_tokens]  # of any step, by place
 
     def load_singles(self, requests: list[Request], padded_rows: int, rows: DraftRows | None = None) -> LoadedStep:
         """Bring one known token of each seated request, and its drafts, to the device, and padding behind them."""

@@ -8,18 +8,40 @@ second      d1                                     d2
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from minivllm.attention import ForwardBatch
+from minivllm.config import ModelConfig
 from minivllm.engine.block_pool import NULL_BLOCK
 from minivllm.engine.tables import slot_of
 from minivllm.request import Request
+from minivllm.runner.kv_storage import KVStorage
 from minivllm.runner.sampler import distribution, pick
 from minivllm.speculative.proposer import Draft
 from minivllm.speculative.verify import draft_noise
 
+MOST_CHAINED = 63  # drafts of a request, where the host does not look
+
 Advance = Callable[[ForwardBatch, list[int]], torch.Tensor]
+
+
+class ChainDrafter(Protocol):
+    """A proposer whose passes can run where the host does not look: on memory that stays, as CUDA graphs."""
+
+    config: ModelConfig
+    storage: KVStorage
+    choice: "Choice"
+    num_more: int  # passes behind the one that gives the last draft
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Requests whose last known tokens have these slots are about to get drafts."""
+        ...
+
+    def draft_pass(self, batch: ForwardBatch, carried: torch.Tensor, *, is_first: bool) -> torch.Tensor:
+        """Logits [R, V'] behind one token of each request; `carried` [R, hidden] goes from pass to pass."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,14 @@ class Choice:
                 own = distribution(logits[row].float(), request)
                 columns[row] = pick(own, draft_noise(request.seed, request.num_tokens + index, len(own)))
                 probs[row] = self._spread(own)
-        return columns if self.vocabulary is None else self.vocabulary[columns], probs
+        return self._of_target(columns), probs
+
+    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        """The draft of each row [R], whatever the requests wish."""
+        return self._of_target(logits.float().argmax(dim=-1))
+
+    def _of_target(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns if self.vocabulary is None else self.vocabulary[columns]
 
     def _spread(self, probs: torch.Tensor) -> torch.Tensor:
         """Probabilities [V'] over the target's vocabulary."""

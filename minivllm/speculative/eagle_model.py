@@ -51,8 +51,18 @@ class EagleHead(nn.Module):
     ) -> torch.Tensor:
         """Features [T, d] of token embeddings [T, d], features of the positions before [T, d] and positions [T]."""
         cos, sin = self.rope.angles(positions, token_embeddings.dtype)
-        x = self.fc(torch.cat((self.embedding_norm(token_embeddings), self.feature_norm(features)), dim=-1))
-        return self.layer(x, cos, sin, attention)
+        return self.layer(self._joined(token_embeddings, features), cos, sin, attention)
+
+    def store(
+        self, token_embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor, attention: Attention
+    ) -> None:
+        """The same up to K and V, which `attention` takes."""
+        cos, sin = self.rope.angles(positions, token_embeddings.dtype)
+        normed = self.layer.input_norm(self._joined(token_embeddings, features))
+        self.layer.attention(normed, cos, sin, attention)
+
+    def _joined(self, token_embeddings: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.cat((self.embedding_norm(token_embeddings), self.feature_norm(features)), dim=-1))
 
 
 @dataclass(frozen=True)

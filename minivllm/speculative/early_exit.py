@@ -22,6 +22,7 @@ class EarlyExitProposer:
     """`config` and `storage` are the target's; `num_layers` may be all of them."""
 
     needs_hidden = False
+    num_more = 0
 
     def __init__(
         self, target: Decoder, config: ModelConfig, storage: KVStorage, num_layers: int, choice: Choice
@@ -38,6 +39,12 @@ class EarlyExitProposer:
         token_ids = [request.token_ids[-1] for request in requests]
         logits = self._logits(batch_of(spans, token_ids, size, self.device))
         return chain(requests, lengths, logits, lambda batch, _: self._logits(batch), self.choice, size)
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Nothing to prepare."""
+
+    def draft_pass(self, batch: ForwardBatch, carried: torch.Tensor, *, is_first: bool) -> torch.Tensor:
+        return self._logits(batch)
 
     def follow(self, batch: ForwardBatch, hidden: torch.Tensor) -> None:
         """What the target stored is all there is."""

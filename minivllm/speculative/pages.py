@@ -7,16 +7,14 @@ from minivllm.runner.kv_storage import KVStorage, move_blocks, zeros
 
 
 class Pages:
-    """`size` numbers for every slot of a storage, first `fill`."""
+    """`size` numbers for every slot of a storage, first 0."""
 
-    def __init__(self, storage: KVStorage, size: int, dtype: torch.dtype, fill: float = 0) -> None:
+    def __init__(self, storage: KVStorage, size: int, dtype: torch.dtype) -> None:
         num_blocks, num_host_blocks = storage.data.shape[2], storage.host.shape[2]
         self.data = zeros((1, 1, num_blocks, storage.block_size, size), dtype, storage.data.device.type)
         self.host = self.data[:, :, :0]
         if num_host_blocks:
             self.host = zeros((1, 1, num_host_blocks, storage.block_size, size), dtype, "cpu")
-        if fill:
-            self.data.fill_(fill)
         self.rows = self.data.view(-1, size)  # [slots, size]
 
     def move(self, transfers: list[Transfer]) -> None:
