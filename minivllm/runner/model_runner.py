@@ -4,7 +4,7 @@ On a GPU, models of the Llama family that our kernels fit run fused (fused_steps
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -63,7 +63,7 @@ class ModelRunner:
         if self.fused is None:
             self.storage.clear(plan.fresh_block_ids)  # our kernels never look at what is not stored
         if self.speculation:
-            self.speculation.move(plan.transfers, plan.fresh_block_ids)
+            self.speculation.move(plan.transfers, plan.fresh_block_ids, self._chained)
         if not plan.scheduled:
             return Done(StepResult({}), allows_next=True)
         if self.speculation:
@@ -122,10 +122,15 @@ class ModelRunner:
     def load_block(self, block_id: int, contents: bytes, *, on_host: bool = False) -> None:
         self.storage.load_block(block_id, contents, on_host=on_host)
 
+    @property
+    def _chained(self) -> Collection[str]:
+        """Methods whose drafts are computed on the device, right before they are judged."""
+        return self.fused.chains if self.fused else ()
+
     def _speculate(self, plan: StepPlan, speculation: Speculation) -> StepResult:
         """Ask for drafts, compute them beside the known tokens, keep what stands."""
         started_s = time.perf_counter()
-        drafts = speculation.propose(plan, self.fused.chains if self.fused else ())
+        drafts = speculation.propose(plan, self._chained)
         if self.fused is None:
             result = self._choose_tokens(plan, self.logits(plan, drafts), drafts)
         else:

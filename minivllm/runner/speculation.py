@@ -111,10 +111,12 @@ class Speculation:
         wished = request.params.speculative_method
         return wished if wished is not None and wished in self.proposers else next(iter(self.proposers))
 
-    def move(self, transfers: list[Transfer], fresh_block_ids: list[int]) -> None:
-        for proposer in self.proposers.values():
+    def move(self, transfers: list[Transfer], fresh_block_ids: list[int], chained: Collection[str] = ()) -> None:
+        """Move and clear what proposers keep; our kernels, which compute chains, never look at what is not stored."""
+        for method, proposer in self.proposers.items():
             proposer.move(transfers)
-            proposer.clear(fresh_block_ids)
+            if method not in chained:
+                proposer.clear(fresh_block_ids)
 
     def propose(self, plan: StepPlan, chained: Collection[str] = ()) -> dict[str, Draft]:
         """Drafts by request id; who has no idea is not in it.
