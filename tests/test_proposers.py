@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from minivllm.runner.proposers import first_other_token, random_head
 from minivllm.speculative.eagle import EagleProposer
 from minivllm.speculative.eagle_model import EagleHead, save_draft, small_model
 from minivllm.speculative.early_exit import EarlyExitProposer
+from minivllm.speculative.ngram import lookup
 from minivllm.speculative.proposer import Draft
 from minivllm.trace import Trace
 
@@ -373,3 +376,18 @@ def test_a_drafter_takes_its_share_of_the_pool(reference_model: Build, head: Pat
     alone = blocks(None)
     assert blocks(own_draft(folder)) < 0.51 * alone
     assert blocks({"method": "eagle", "model": head}) < 0.51 * alone
+
+
+def slow_lookup(token_ids: list[int], longest: int, shortest: int, length: int) -> list[int]:
+    for size in range(min(longest, len(token_ids) - 1), shortest - 1, -1):
+        for start in reversed(range(len(token_ids) - size)):
+            if token_ids[start : start + size] == token_ids[-size:]:
+                return token_ids[start + size : start + size + length]
+    return []
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+def test_lookup_finds_the_latest_of_the_longest(token_ids: list[int], one: int, other: int, length: int) -> None:
+    wish = max(one, other), min(one, other), length
+    assert lookup(token_ids, *wish) == slow_lookup(token_ids, *wish)
+    assert lookup([1, 2, 3, 1, 2], 3, 1, 4) == [3, 1, 2]

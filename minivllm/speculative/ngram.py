@@ -45,10 +45,14 @@ def lookup(token_ids: Sequence[int], longest: int, shortest: int, length: int) -
     lookup([1, 2, 3, 1, 2], 3, 1, 4) == [3, 1, 2].
     """
     tokens = np.asarray(token_ids)
-    for size in range(min(longest, len(tokens) - 1), shortest - 1, -1):
-        windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], size)
-        places = np.flatnonzero((windows == tokens[-size:]).all(axis=1))
-        if len(places):
-            start = int(places[-1]) + size
-            return tokens[start : start + length].tolist()
-    return []
+    ends = np.flatnonzero(tokens[:-1] == tokens[-1])  # earlier places of the last token; fewer with each one before it
+    start = len(tokens)
+    for size in range(1, min(longest, len(tokens) - 1) + 1):
+        if size > 1:
+            ends = ends[ends >= size - 1]
+            ends = ends[tokens[ends - (size - 1)] == tokens[-size]]
+        if not len(ends):
+            break
+        if size >= shortest:
+            start = int(ends[-1]) + 1
+    return tokens[start : start + length].tolist()
