@@ -256,14 +256,15 @@ replay = Dashboard.replay(runs)
 replay
 
 # %% [markdown]
-# On the H200, 128 requests a second are too many for SmolLM2 even with 256 seats: the queue does not empty again, but
-# its 8,191 blocks are never all taken, and nobody is preempted. The 8B shape gets 32 a second and keeps up, until
-# only 16 seats are left. When the seats come back, those who waited enter and all grow, the 3,071 blocks run out, and
-# two requests are **preempted**: they give their blocks back and are computed again later.
+# On the H200, SmolLM2 keeps up with 128 requests a second: some twenty run at once, and nobody waits. In an earlier
+# recording hundreds waited under the same load: only steps without a prompt were CUDA graphs then. The 8B shape gets
+# 32 a second and keeps up, until only 16 seats are left. When the seats come back, those who waited enter and all
+# grow, the 3,071 blocks run out, and a few requests are **preempted**: they give their blocks back and are computed
+# again later.
 #
 # The floor differs as well. A step of the 8B shape has 16 GB of weights to read, and the floor is more than half of
-# its time. One of SmolLM2 has 0.3 GB. Its steps without a prompt are one CUDA graph and take a millisecond for few
-# requests; a step with a prompt in it is launched kernel by kernel, and takes tens of them, whatever its floor is.
+# its time. One of SmolLM2 has 0.3 GB, read in a small part of the millisecond that it takes: the rest is kernels that
+# begin and end.
 
 # %%
 small, large = (

@@ -9,8 +9,11 @@ import pytest
 
 from minivllm.bench import planted_speed, speculation
 from minivllm.bench.planted import expected_tokens
-from minivllm.bench.planted_speed import Load, measure_planted
+from minivllm.bench.planted_speed import Load, Timed, measure_planted
 from minivllm.errors import ConfigError
+from minivllm.runner.draft_rows import shortened
+from minivllm.runner.step_buffers import StepLimits
+from minivllm.speculative.proposer import Draft
 from tests.test_fused import folders, fused, interpreted
 
 folders, fused, interpreted = folders, fused, interpreted  # the fixtures, by their names
@@ -40,6 +43,17 @@ def test_planted_rows_count_what_was_planted_and_compare_with_the_formula(
     for row in rows:
         assert row["speedup"] == pytest.approx(row["tokens_per_s_on"] / row["tokens_per_s_off"], rel=0.01)
     assert expected_tokens(0.5, 1) == 1.5
+
+
+@pytest.mark.parametrize(("batch", "num_drafts"), [(64, 4), (102, 4), (103, 3), (128, 3), (192, 1), (256, 1), (512, 0)])
+def test_the_formula_counts_the_drafts_that_fit_into_the_largest_graph(batch: int, num_drafts: int) -> None:
+    load, timed = Load("m", (batch,), num_drafts=4), Timed(1.0, 1.0)
+    found = planted_speed.row(load, batch, 1.0, timed, timed, (1.0, 2.0))
+    assert (found["draft_length"], found["formula_speedup"]) == (4, (1 + num_drafts) / 2)
+    limits = StepLimits(batch, 2048, 1024, planted_speed.BLOCK_SIZE, load.num_drafts)
+    drafts = {str(i): Draft([1] * load.num_drafts) for i in range(batch)}
+    kept = shortened(drafts, limits.max_rows - batch)  # as the engine cuts them
+    assert {len(draft.token_ids) for draft in kept.values()} == ({num_drafts} if num_drafts else set())
 
 
 def test_edits_are_measured_by_each_method_against_none(

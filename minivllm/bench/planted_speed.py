@@ -6,6 +6,7 @@ rows, and a continuation would part from what was planted at the first near-tie.
 More than 512 rows have no graph: drafts are cut to what it holds, which the mean accepted length then shows.
 
     formula     (1 - alpha^(k+1)) / (1 - alpha)  x  t(B rows) / t(B (k+1) rows)      t: a step alone on the device
+                k: the drafts of a request that fit
 
 Both engines hold the same prompts in their prefix caches; a figure is the best of some repetitions taken in turn.
 """
@@ -25,6 +26,7 @@ from minivllm.engine.plan import StepPlan
 from minivllm.llm import LLM
 from minivllm.request import Request, SamplingParams
 from minivllm.runner.draft_rows import DraftRows, shortened
+from minivllm.runner.step_buffers import MOST_ROWS
 from minivllm.speculative.proposer import Draft
 from minivllm.text_engine import Generation
 
@@ -55,6 +57,10 @@ class Load:
     def max_tokens(self) -> int:
         """Beyond what is timed, so that no request ends before."""
         return self.num_new + 8 * (self.num_drafts + 1)
+
+    def drafts_that_fit(self, batch: int) -> int:
+        """Of a request: what is left of its drafts in a step with as many rows as the engine's largest."""
+        return min(self.num_drafts, max(MOST_ROWS, *self.batches) // batch - 1)
 
     @property
     def num_blocks(self) -> int:
@@ -117,7 +123,7 @@ def row(load: Load, batch: int, alpha: float, off: Timed, on: Timed, step_us: tu
         "planted_alpha": alpha, "method": "planted",
         "tokens_per_s_on": round(on.tokens_per_s, 1), "tokens_per_s_off": round(off.tokens_per_s, 1),
         "speedup": round(on.tokens_per_s / off.tokens_per_s, 3),
-        "formula_speedup": round(expected_tokens(alpha, load.num_drafts) * alone_us / verify_us, 3),
+        "formula_speedup": round(expected_tokens(alpha, load.drafts_that_fit(batch)) * alone_us / verify_us, 3),
         "mean_accepted_length": round(on.mean_accepted_length, 3),
         "step_us": round(alone_us, 1), "verify_step_us": round(verify_us, 1),
     }  # fmt: skip

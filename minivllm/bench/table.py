@@ -12,7 +12,7 @@ KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
 KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
 GPU_RESULTS = Path(__file__).with_name("results") / "engine_h200.json"
 GPU_OTHERS = tuple(
-    GPU_RESULTS.with_stem(f"engine_h200_{commit}") for commit in ("5e33753", "db4e159")
+    GPU_RESULTS.with_stem(f"engine_h200_{commit}") for commit in ("5e33753", "db4e159", "5293de2")
 )  # whole runs, too
 GPU_TEXT = GPU_RESULTS.with_stem("text_h200")
 GPU_BEGIN, GPU_END = "<!-- gpu table: begin -->\n", "<!-- gpu table: end -->"
@@ -70,7 +70,8 @@ def gpu_table(path: Path = GPU_RESULTS, others: Sequence[Path] = GPU_OTHERS, tex
         cells = (name, row["best_s"], f"{row['tokens/s']:,.0f}", row["floor_s"], row["share of floor"], also)
         lines.append("".join(f"| {cell} " for cell in cells) + "|")
     facts, gpu, said = result["provenance"], result["rows"][0]["roofs"]["name"], real["provenance"]
-    commits = " and ".join(other["provenance"]["commit"] for other in beside)
+    *most, last = (other["provenance"]["commit"] for other in beside)
+    commits = f"{', '.join(most)} and {last}"
     source = (
         f"\n{gpu}, random weights in bf16, torch {facts['torch']}, commit {facts['commit']}, seed {facts['seed']}: "
         f"`{facts['command']}` ({facts['note']}). Other runs: other H200s, commits {commits}. Text: SmolLM2's weights, "
