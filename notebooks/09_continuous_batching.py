@@ -256,11 +256,10 @@ replay = Dashboard.replay(runs)
 replay
 
 # %% [markdown]
-# On the H200, SmolLM2 keeps up with 128 requests a second: some twenty run at once, and nobody waits. In an earlier
-# recording hundreds waited under the same load: only steps without a prompt were CUDA graphs then. The 8B shape gets
-# 32 a second and keeps up, until only 16 seats are left. When the seats come back, those who waited enter and all
-# grow, the 3,071 blocks run out, and a few requests are **preempted**: they give their blocks back and are computed
-# again later.
+# On the H200, SmolLM2 keeps up with 128 requests a second: some twenty run at once, and nobody waits. The 8B
+# shape gets 32 a second and keeps up, until only 16 seats are left. When the seats come back, those who waited enter
+# and all grow, the 3,071 blocks run out, and a few requests are **preempted**: they give their blocks back and are
+# computed again later.
 #
 # The floor differs as well. A step of the 8B shape has 16 GB of weights to read, and the floor is more than half of
 # its time. One of SmolLM2 has 0.3 GB, read in a small part of the millisecond that it takes: the rest is kernels that

@@ -12,7 +12,7 @@ KERNEL_RESULTS = Path(__file__).with_name("results") / "kernels_h200.json"
 KERNEL_BEGIN, KERNEL_END = "<!-- kernel table: begin -->\n", "<!-- kernel table: end -->"
 GPU_RESULTS = Path(__file__).with_name("results") / "engine_h200.json"
 GPU_OTHERS = tuple(
-    GPU_RESULTS.with_stem(f"engine_h200_{commit}") for commit in ("5e33753", "db4e159", "5293de2")
+    GPU_RESULTS.with_stem(f"engine_h200_{commit}") for commit in ("5e33753", "db4e159", "5293de2", "05df837")
 )  # whole runs, too
 GPU_TEXT = GPU_RESULTS.with_stem("text_h200")
 GPU_BEGIN, GPU_END = "<!-- gpu table: begin -->\n", "<!-- gpu table: end -->"
