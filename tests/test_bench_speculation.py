@@ -108,5 +108,9 @@ def test_the_readme_shows_the_recorded_figures() -> None:
 def test_planted_needs_a_gpu_and_a_folder() -> None:
     with pytest.raises(ConfigError, match="--planted needs a CUDA device"):
         speculation.main(["--planted"])
+    with pytest.raises(ConfigError, match="--repeats must be at least 1, not 0"):
+        speculation.main(["--repeats", "0"])
+    with pytest.raises(ConfigError, match="--max-tokens must be at least 2, not 1"):
+        speculation.main(["--max-tokens", "1"])  # there is no time behind the first
     with pytest.raises(ConfigError, match=r"--output: .* is no folder"):
         speculation.main(["--output", "/nowhere/x.json"])

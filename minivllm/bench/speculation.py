@@ -52,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--planted needs a CUDA device: a CPU only interprets the kernels")
     if args.output and not os.access(args.output.parent, os.W_OK):  # before minutes of measuring
         raise ConfigError(f"--output: {args.output.parent} is no folder that can be written; choose another")
+    for option, value, least in (("--repeats", args.repeats, 1), ("--max-tokens", args.max_tokens, 2)):
+        if value < least:
+            raise ConfigError(f"{option} must be at least {least}, not {value}")
     rows = list[Row]()
     if args.planted:
         batches, length = batches_of(args.batches, BATCHES), args.num_speculative_tokens or 4
